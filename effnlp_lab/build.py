@@ -1,0 +1,280 @@
+"""`effnlp build`: from a lab's master to the solution notebook, the release and the texts that checks need.
+
+Sources and metadata depend on the master and the spec alone: two builds give the same bytes on every Python version.
+Outputs are a separate matter: `--execute` refreshes them, and a plain build carries them over while a digest of the
+code still matches.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from effnlp_lab import exercises
+from effnlp_lab.errors import EffnlpError
+from effnlp_lab.master import (
+    STUB,
+    Cell,
+    Master,
+    MasterError,
+    blank_source,
+    given_source,
+    loaded_names,
+    mistaken_source,
+    read_master,
+    solution_source,
+)
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
+
+
+def main(
+    labs: Sequence[str] = (), check: bool = False, execute: bool = False, device: str = "auto", root: Path = ROOT
+) -> int:
+    """Build the named labs (all by default). With `check` nothing is written and stale files are listed: exit 1."""
+    if not (root / "solutions").is_dir():
+        raise EffnlpError("`effnlp build` works in a checkout of the repository: there is no solutions/ folder here.")
+    names = [exercises.lab(n).name for n in labs] or exercises.lab_names()
+    stale = []
+    for name in names:
+        master = read_master(root / "solutions" / name / f"{exercises.lab(name).notebook}.py")
+        if check:
+            stale += _stale_files(master, root)
+        else:
+            for path in write(master, root, execute, device):
+                print(f"wrote {path.relative_to(root)}")
+    for sentence in stale:
+        print(sentence)
+    if check:
+        print(
+            "build --check: " + (f"{len(stale)} stale" if stale else f"{len(names)} labs are what their masters build")
+        )
+    return 1 if stale else 0
+
+
+def write(master: Master, root: Path = ROOT, execute: bool = False, device: str = "auto") -> list[Path]:
+    """Write a lab's files; return the paths that changed."""
+    texts = _texts(master)
+    changed = [p for p in (_write(root / name, text) for name, text in texts.items()) if p]
+    exercises.sources.cache_clear()
+    path = _solution_path(master, root)
+    notebook = solution_notebook(master)
+    if execute:
+        _write(path, _dump(notebook))
+        _copy_outputs(_executed(path, device, root), notebook)
+    elif path.exists():
+        old = nbformat.read(path, as_version=4)
+        if old.metadata.get("effnlp", {}).get("digest") == notebook.metadata.effnlp.digest:
+            _copy_outputs(old, notebook)
+    changed += [p for p in (_write(path, _dump(notebook)),) if p]
+    return changed
+
+
+def _executed(path: Path, device: str, root: Path) -> NotebookNode:
+    """Run a solution notebook and read what came out. Raises EffnlpError with the cell that failed."""
+    from effnlp_lab.runner import run
+
+    (outcome,) = run([path], device=device, out=root / "build" / "execute")
+    if outcome.state != "ok":
+        raise EffnlpError(outcome.sentence())
+    return nbformat.read(Path(outcome.folder) / path.name, as_version=4)
+
+
+def _stale_files(master: Master, root: Path) -> Iterator[str]:
+    """A sentence for every file that is not what the master builds."""
+    for name, text in _texts(master).items():
+        path = root / name
+        if not path.exists() or path.read_text("utf-8") != text:
+            yield f"{name} is not what its master builds: run `effnlp build`."
+    path, fresh = _solution_path(master, root), solution_notebook(master)
+    name = path.relative_to(root)
+    if not path.exists():
+        yield f"{name} is missing: run `effnlp build --execute`."
+        return
+    old = nbformat.read(path, as_version=4)
+    if not any(c.get("outputs") for c in old.cells):
+        yield f"{name} has no outputs, or they are of older code: run `effnlp build --execute`."
+    for cell in old.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    if _dump(old) != _dump(fresh):
+        yield f"{name} is not what its master builds: run `effnlp build`."
+
+
+def _texts(master: Master) -> dict[str, str]:
+    """Generated files without outputs: path from the root -> text."""
+    name = master.lab.name
+    return {
+        f"effnlp_lab/exercises/{name}/sources.json": _sources(master),
+        f"labs/{name}/{master.lab.notebook}.ipynb": _dump(release_notebook(master)),
+    }
+
+
+def _solution_path(master: Master, root: Path) -> Path:
+    return root / "solutions" / master.lab.name / f"{master.lab.notebook}.ipynb"
+
+
+def _write(path: Path, text: str) -> Path | None:
+    if path.exists() and path.read_text("utf-8") == text:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+    return path
+
+
+def _dump(notebook: NotebookNode) -> str:
+    """The bytes that nbgrader and JupyterLab write too: a release made by either leaves the checkout clean."""
+    return nbformat.writes(notebook) + "\n"
+
+
+def solution_notebook(master: Master) -> NotebookNode:
+    """The whole lab, solved, with nbgrader's metadata and no outputs."""
+    cells, taken = [], set()
+    for cell in master.cells:
+        new = nbformat.v4.new_code_cell if cell.is_code else nbformat.v4.new_markdown_cell
+        identity, n = cell.id, 1
+        while identity in taken:
+            n += 1
+            identity = f"{cell.id}-{n}"
+        taken.add(identity)
+        node = new(_notebook_source(cell), id=identity, metadata=_metadata(master, cell, identity))
+        cells.append(node)
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.nbformat_minor = 5
+    notebook.metadata = NotebookNode(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+        language_info={"name": "python"},
+        effnlp=NotebookNode(lab=master.lab.name, digest=_digest(cells)),
+    )
+    return notebook
+
+
+def _notebook_source(cell: Cell) -> str:
+    return f"%%demo {' '.join(cell.needs)}\n{cell.source}" if cell.needs else cell.source
+
+
+def _metadata(master: Master, cell: Cell, identity: str) -> NotebookNode:
+    """nbgrader's metadata: exercises are answers, checks are graded and locked, given code is locked."""
+    meta = NotebookNode()
+    if cell.tags:
+        meta.tags = list(cell.tags)
+    if cell.kind == "exercise":
+        meta.nbgrader = _nbgrader(cell.name, solution=True)
+    elif cell.kind == "check":
+        meta.nbgrader = _nbgrader(f"test_{cell.name}", grade=True, locked=True)
+        meta.nbgrader.points = master.lab.exercise(cell.name).points
+    elif cell.kind == "given":
+        meta.nbgrader = _nbgrader(identity, locked=True)
+    return meta
+
+
+def _nbgrader(grade_id: str, grade: bool = False, solution: bool = False, locked: bool = False) -> NotebookNode:
+    return NotebookNode(grade=grade, grade_id=grade_id, locked=locked, schema_version=3, solution=solution, task=False)
+
+
+def _digest(cells: Sequence[NotebookNode]) -> str:
+    code = "\n\0\n".join(c.source for c in cells if c.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def release_notebook(master: Master) -> NotebookNode:
+    """What students get: exactly what `nbgrader generate_assignment` makes of the solution notebook."""
+    from nbgrader.preprocessors import CheckCellMetadata, ClearOutput, ClearSolutions, ComputeChecksums, LockCells
+    from traitlets.config import Config
+
+    notebook = solution_notebook(master)
+    config = Config({"ClearSolutions": {"code_stub": {"python": STUB}}})
+    resources: dict = {}
+    for step in (LockCells, ClearSolutions, ClearOutput, CheckCellMetadata, ComputeChecksums):
+        notebook, resources = step(config=config).preprocess(notebook, resources)
+    for cell in notebook.cells:
+        if cell.metadata.get("nbgrader", {}).get("solution") and cell.source != blank_source(
+            master.exercise_cell(cell.metadata.nbgrader.grade_id)
+        ):
+            raise MasterError(
+                f"{master.path.name}: nbgrader blanks {cell.metadata.nbgrader.grade_id} otherwise than we do."
+            )
+    return notebook
+
+
+def _sources(master: Master) -> str:
+    """Given code, blanks and known mistakes, for checks on machines that have no master."""
+    module = exercises.reference_module(master.lab.name)
+    given = given_source(master)
+    known = set(dir(builtins)) | _bound(given) | set(getattr(module, "EARLIER", {}))
+    spelled = {}
+    for exercise in master.lab.exercises:
+        cell = master.exercise_cell(exercise.name)
+        source = solution_source(cell)
+        tree = ast.parse(source)
+        free = sorted(_free_names(tree) - known)
+        if free:
+            raise MasterError(
+                f"{master.path.name}, line {cell.first_line}: exercise {exercise.name!r} uses {free[0]!r}, "
+                "which no given cell defines and EARLIER of its reference.py does not hold."
+            )
+        if exercise.name not in module.REFERENCES:
+            raise MasterError(f"{master.lab.name}: REFERENCES of its reference.py has no {exercise.name!r}.")
+        mistakes = module.REFERENCES[exercise.name].mistakes
+        names = [m.name for m in mistakes]
+        if len(set(names)) != len(names):
+            raise MasterError(f"{master.lab.name}: {exercise.name} has two mistakes of the same name.")
+        spelled[exercise.name] = {
+            "blank": blank_source(cell),
+            "mistakes": {m.name: mistaken_source(master, exercise.name, m) for m in mistakes},
+        }
+    return json.dumps({"given": given, "exercises": spelled}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _bound(source: str) -> set[str]:
+    from effnlp_lab.master import bound_names
+
+    return bound_names(ast.parse(source))
+
+
+def _free_names(tree: ast.Module) -> set[str]:
+    """Names that a cell reads and does not define anywhere in itself."""
+    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))}
+    stored |= {
+        a.arg
+        for n in ast.walk(tree)
+        if isinstance(n, ast.arguments)
+        for a in (*n.posonlyargs, *n.args, *n.kwonlyargs, *filter(None, (n.vararg, n.kwarg)))
+    }
+    stored |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    stored |= {
+        (a.asname or a.name).partition(".")[0]
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    stored |= {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
+    return loaded_names(tree) - stored
+
+
+def _copy_outputs(old: NotebookNode, new: NotebookNode) -> None:
+    """Carry outputs from one notebook to another with the same code, without what changes from run to run."""
+    outputs = {c.id: c.outputs for c in old.cells if c.cell_type == "code"}
+    count = 0
+    for cell in new.cells:
+        if cell.cell_type != "code" or not outputs.get(cell.id):
+            continue
+        count += 1
+        cell.outputs = [_steady(o, count) for o in outputs[cell.id]]
+        cell.execution_count = count
+
+
+def _steady(output: NotebookNode, count: int) -> NotebookNode:
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    output.get("metadata", {}).pop("execution", None)
+    output.pop("transient", None)
+    return output

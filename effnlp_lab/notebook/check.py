@@ -1,0 +1,67 @@
+"""`check`: the one call under every blank."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+
+from effnlp_lab import exercises
+from effnlp_lab.errors import EffnlpError
+from effnlp_lab.notebook import report, setting
+from effnlp_lab.notebook.driver import answer_case
+from effnlp_lab.notebook.judge import Verdict, judge
+
+
+def check(exercise: str, answer: Callable, twin: Callable | None = None) -> float:
+    """Run `answer` against the reference on fresh random cases, show why, and return the points it earns.
+
+    Where an exercise has a PyTorch twin, the better of the two counts. Returns a plain float between 0 and the points;
+    never raises for anything that an answer does. Raises EffnlpError for an exercise that does not exist.
+    """
+    verdict = verdict_of(exercise, answer, twin)
+    report.show(verdict)
+    setting.current.scores[exercise] = verdict.score
+    return verdict.score
+
+
+def verdict_of(exercise: str, answer: Callable, twin: Callable | None = None, seed: int | None = None) -> Verdict:
+    """The verdict behind `check`, in this process. EFFNLP_SEED fixes the seed, which is fresh otherwise."""
+    lab, spec = exercises.find(exercise)
+    if not callable(answer):
+        raise EffnlpError(
+            f"check({exercise!r}, ...) needs your function, and was given a {type(answer).__name__}: "
+            f"pass {exercise} itself, without calling it."
+        )
+    if seed is None:
+        seed = int(os.environ.get("EFFNLP_SEED") or secrets.randbits(32))
+    device = setting.device().kind
+    verdict = judge(
+        spec,
+        lab.name,
+        lambda request: answer_case(request, answer),
+        seed=seed,
+        variant=setting.variant_of(spec),
+        device=device,
+    )
+    if twin is not None and verdict.score < spec.points:
+        other = next((e for e in lab.exercises if e.twin_of == spec.name), None)
+        if other is None:
+            raise EffnlpError(f"{exercise} has no twin: call check({exercise!r}, {exercise}).")
+        second = judge(
+            other,
+            lab.name,
+            lambda request: answer_case(request, twin),
+            seed=seed,
+            variant=setting.variant_of(other),
+            device=device,
+        )
+        if (
+            second.score > verdict.score
+            or verdict.state == "not run here"
+            or (verdict.state == "not attempted" and second.state != "not attempted")
+        ):
+            second.exercise, second.twin, second.points = spec.name, other.name, float(spec.points)
+            second.sentence += " (This is the PyTorch twin.)"
+            return second
+    return verdict

@@ -1,0 +1,462 @@
+"""Judges an answer that runs elsewhere: the trusted side of a check.
+
+`judge` draws cases, sends each as bytes through `ask`, and compares what comes back with the reference. `ask` may call
+the driver in this process, in another process, or in a sandbox: only the wire lies between, so that a verdict is the
+same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from effnlp_lab import exercises
+from effnlp_lab.exercises.reference import Case, Mistake, Reference, Rng
+from effnlp_lab.exercises.spec import Exercise, Variant
+from effnlp_lab.notebook import wire
+from effnlp_lab.notebook.driver import COMPILE_SECONDS, answer_case
+from effnlp_lab.notebook.meter import measure
+
+State = Literal["not attempted", "correct", "incorrect", "crashed", "timed out", "over budget", "not run here"]
+Ask = Callable[[bytes], bytes]
+
+
+@dataclass
+class CaseResult:
+    """What one case showed."""
+
+    name: str
+    part: str
+    state: State
+    sentence: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    usage: dict[str, int] | None = None
+
+
+@dataclass
+class Verdict:
+    """What a check found: enough to show it, to grade it, and to run it again (seed, variant, device, versions)."""
+
+    exercise: str
+    lab: str
+    state: State
+    score: float
+    points: float
+    sentence: str
+    seed: int
+    variant: dict[str, str]
+    device: str
+    cases: list[CaseResult] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    twin: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def first_failure(self) -> CaseResult | None:
+        """The case to look at: the first one in the most telling state."""
+        failed = [c for c in self.cases if c.state not in ("correct", "not run here")]
+        return min(failed, key=lambda c: _TELLING.index(c.state), default=None)
+
+
+_TELLING: tuple[State, ...] = ("not attempted", "crashed", "timed out", "incorrect", "over budget")
+
+
+def judge(
+    exercise: Exercise,
+    lab: str,
+    ask: Ask,
+    *,
+    seed: int,
+    variant: Variant | None = None,
+    device: str = "cpu",
+    budgets: bool = True,
+) -> Verdict:
+    """Judge an answer on fresh cases drawn from `seed`; `ask` runs it on one case (driver.answer_case)."""
+    variant = dict(variant if variant is not None else exercise.public_variant())
+    verdict = Verdict(
+        exercise.name, lab, "correct", 0.0, float(exercise.points), "", seed, variant, device, versions=versions()
+    )
+    started = time.perf_counter()
+    unable = _why_not_here(exercise, device)
+    if unable:
+        verdict.state, verdict.sentence = "not run here", unable
+        return verdict
+    reference = exercises.reference_of(exercise.name)
+    answered: list[_Answered] = []
+    slow = 0
+    for number, case in enumerate(reference.cases(Rng(seed), variant)):
+        if case.device == "cuda" and device != "cuda":
+            verdict.cases.append(CaseResult(case.name, case.part, "not run here", "to be graded on a GPU"))
+            continue
+        if slow == 2:
+            verdict.cases.append(CaseResult(case.name, case.part, "timed out", "not run: two cases had timed out"))
+            continue
+        one = _ask_case(exercise, lab, reference, case, ask, seed, variant, device, budgets, first=number == 0)
+        answered.append(one)
+        verdict.cases.append(one.result)
+        verdict.notes += [n for n in one.notes if n not in verdict.notes]
+        if one.result.state == "not attempted" or one.response["status"] == "forbidden":
+            break
+        slow += one.result.state == "timed out"
+    _conclude(verdict, exercise)
+    if verdict.state in ("incorrect", "crashed", "timed out"):
+        verdict.mistakes = name_mistakes(exercise, lab, reference, answered, variant)
+    verdict.seconds = time.perf_counter() - started
+    return verdict
+
+
+@dataclass
+class _Answered:
+    case: Case
+    request: bytes
+    response: dict[str, Any]
+    result: CaseResult
+    notes: list[str]
+
+
+def _why_not_here(exercise: Exercise, device: str) -> str:
+    if exercise.needs_gpu and device != "cuda":
+        return "This exercise needs a GPU: to be graded on a GPU."
+    if exercise.needs_triton:
+        from effnlp_lab.device import resolve
+
+        if resolve(device).triton == "absent":
+            return (
+                "This exercise needs Triton, which is not installed here (it has Linux wheels only): "
+                "solve its PyTorch twin for the same points, or open the lab in WSL, a dev container or Colab."
+            )
+    return ""
+
+
+def _ask_case(
+    exercise: Exercise,
+    lab: str,
+    reference: Reference,
+    case: Case,
+    ask: Ask,
+    seed: int,
+    variant: Variant,
+    device: str,
+    budgets: bool,
+    first: bool,
+) -> _Answered:
+    seconds = case.seconds or exercise.seconds
+    inputs = dict(case.inputs)
+    metered = bool(case.budget) and budgets
+    request = make_request(
+        exercise,
+        lab,
+        inputs,
+        seed=seed,
+        device=device,
+        meter=metered,
+        seconds=seconds + (COMPILE_SECONDS if first and exercise.needs_triton else 0.0),
+    )
+    started = time.perf_counter()
+    try:
+        response = read_response(ask(request))
+    except wire.WireError as error:
+        response = {
+            "status": "raised",
+            "outputs": None,
+            "observed": {},
+            "error": {"type": "WireError", "message": str(error), "where": ""},
+        }
+    result = CaseResult(
+        case.name, case.part, "correct", seconds=time.perf_counter() - started, usage=response["observed"].get("usage")
+    )
+    notes = _notes(response["observed"])
+    result.state, result.sentence, result.details = _judge_response(
+        exercise, reference, case, inputs, response, variant, device, seconds, metered
+    )
+    return _Answered(case, request, response, result, notes)
+
+
+def make_request(
+    exercise: Exercise,
+    lab: str,
+    inputs: Mapping[str, Any],
+    *,
+    seed: int,
+    device: str,
+    seconds: float,
+    meter: bool = False,
+    forbidden: tuple[str, ...] | None = None,
+) -> bytes:
+    """The bytes that ask a driver to run one case."""
+    return wire.pack(
+        {
+            "exercise": exercise.name,
+            "lab": lab,
+            "inputs": wire.pack(dict(inputs)),
+            "device": device,
+            "seconds": float(seconds),
+            "seed": seed,
+            "meter": meter,
+            "forbidden": list(exercise.forbidden if forbidden is None else forbidden),
+        }
+    )
+
+
+def read_response(data: bytes) -> dict[str, Any]:
+    """A driver's response, its form checked: it comes from where the student's code runs."""
+    response = wire.unpack(data, limit=wire.MAX_BYTES)
+    if (
+        not isinstance(response, dict)
+        or not isinstance(response.get("status"), str)
+        or not isinstance(response.get("observed"), dict)
+        or "outputs" not in response
+    ):
+        raise wire.WireError("a response without status, outputs and observed")
+    return response
+
+
+def _judge_response(
+    exercise: Exercise,
+    reference: Reference,
+    case: Case,
+    inputs: dict,
+    response: dict,
+    variant: Variant,
+    device: str,
+    seconds: float,
+    metered: bool,
+) -> tuple[State, str, dict]:
+    """State, sentence and details of one case."""
+    status, observed = response["status"], response["observed"]
+    if status == "blank":
+        return "not attempted", "The blank is still there.", {}
+    if status == "forbidden":
+        names = ", ".join(str(n) for n in observed.get("forbidden", []))
+        return (
+            "incorrect",
+            f"Your answer uses {names}, which would answer for you: write it with plain operations.",
+            {"forbidden": names},
+        )
+    if status == "timed out":
+        return (
+            "timed out",
+            (
+                f"Your answer had not finished after {seconds:g} s: "
+                "look for a loop that never ends, or for work done again and again."
+            ),
+            {},
+        )
+    if status == "raised":
+        error = response.get("error") or {}
+        text = f"Your answer raised {error.get('type')}: {error.get('message')}".rstrip(": ")
+        return "crashed", text, {"at": error.get("where")} if error.get("where") else {}
+    if status != "ok":
+        return "crashed", "Your answer gave no response that can be read.", {}
+    changed = [n for n in observed.get("changed", []) if n not in exercise.may_modify]
+    if changed:
+        return (
+            "incorrect",
+            (
+                f"Your answer changes its input `{changed[0]}`: callers do not expect that; "
+                "work on a copy, or build a new value."
+            ),
+            {},
+        )
+    elsewhere = [d for d in observed.get("devices", []) if d != device]
+    if elsewhere:
+        return (
+            "incorrect",
+            (
+                f"Your answer returned a tensor on {elsewhere[0]}, and its inputs are on {device}: "
+                "make new tensors with device=x.device."
+            ),
+            {},
+        )
+    expected = reference.expected(inputs, variant)
+    found = reference.verify(inputs, response["outputs"], expected, variant)
+    if found:
+        return "incorrect", _sentence(found.sentence), dict(found.details)
+    aliases = observed.get("aliases", [])
+    if exercise.fresh and aliases:
+        return (
+            "incorrect",
+            (
+                f"Your answer is a view of its input `{aliases[0]}`: "
+                "a later change to one would change the other; return a copy."
+            ),
+            {},
+        )
+    if metered:
+        return _judge_budget(reference, case, inputs, variant, observed.get("usage") or {})
+    return "correct", "", {}
+
+
+_METERED = {
+    "peak_bytes": "bytes at its peak",
+    "bytes_moved": "bytes moved",
+    "flops": "floating-point operations",
+    "launches": "operations launched",
+}
+
+
+def _judge_budget(
+    reference: Reference, case: Case, inputs: dict, variant: Variant, usage: Mapping[str, int]
+) -> tuple[State, str, dict]:
+    _, allowed = measure(reference.frugal, inputs, variant)
+    for name, multiple in case.budget.items():
+        limit, used = multiple * getattr(allowed, name), usage.get(name, 0)
+        if used > limit:
+            return (
+                "over budget",
+                (
+                    f"The values are right, but your answer takes {used:,} {_METERED[name]}, and at most "
+                    f"{int(limit):,} are allowed ({multiple:g} times what the reference takes)."
+                ),
+                {},
+            )
+    return "correct", "", {}
+
+
+def _notes(observed: Mapping[str, Any]) -> list[str]:
+    notes = []
+    printed = observed.get("stdout_characters", 0)
+    if printed > 10_000:
+        notes.append(f"Your answer printed {printed:,} characters, which are not shown: remove the prints.")
+    elif printed:
+        notes.append(f"Your answer printed: {str(observed.get('stdout', ''))[:300].strip()}")
+    if observed.get("stderr_characters", 0):
+        notes.append(f"Your answer wrote to stderr: {str(observed.get('stderr', ''))[:300].strip()}")
+    for name in observed.get("aliases", [])[:1]:
+        notes.append(
+            f"What your answer returns shares memory with its input `{name}`: "
+            "a later change to one would change the other."
+        )
+    return notes
+
+
+def _conclude(verdict: Verdict, exercise: Exercise) -> None:
+    """State, score and sentence of the whole from its cases."""
+    run = [c for c in verdict.cases if c.state != "not run here"]
+    failure = verdict.first_failure
+    if failure is None:
+        verdict.state, verdict.score = "correct", float(exercise.points)
+        verdict.sentence = f"All {len(run)} cases pass."
+        return
+    verdict.state = failure.state
+    verdict.sentence = failure.sentence
+    if failure.state == "not attempted" or "forbidden" in failure.details:
+        return
+    core = [c for c in run if c.part in exercise.parts]
+    passed = {
+        part: all(c.state == "correct" for c in core if c.part == part)
+        for part in exercise.parts
+        if any(c.part == part for c in core)
+    }
+    verdict.score = exercise.score(passed)
+
+
+def name_mistakes(
+    exercise: Exercise, lab: str, reference: Reference, answered: list[_Answered], variant: Variant
+) -> list[str]:
+    """Sentences of the known mistakes that give what the student's answer gave, on as many failing cases as can be."""
+    failing = [a for a in answered if a.result.state in ("incorrect", "crashed", "timed out")]
+    if not failing or any(a.response["status"] == "forbidden" for a in failing):
+        return []
+    candidates = list(reference.mistakes)
+    for one in failing[:4]:
+        # every response is compared, the passing ones too, once a candidate remains
+        matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one)]
+        if matching:
+            candidates = matching
+        elif one is failing[0]:
+            return _public_rule(exercise, reference, failing, variant)
+    if len(candidates) > 1:
+        for one in [a for a in answered if a.result.state == "correct"][:4]:
+            matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one)]
+            candidates = matching or candidates
+    return [m.sentence for m in candidates]
+
+
+def _public_rule(exercise: Exercise, reference: Reference, failing: list[_Answered], variant: Variant) -> list[str]:
+    """Whether the answer follows the public variant where the student's own was asked for."""
+    public = exercise.public_variant()
+    if dict(variant) == public:
+        return []
+    for one in failing:
+        inputs = dict(one.case.inputs)
+        if one.response["status"] != "ok" or reference.verify(
+            inputs, one.response["outputs"], reference.expected(inputs, public), public
+        ):
+            return []
+    mine = ", ".join(f"{name} = {value}" for name, value in variant.items())
+    return [f"Your answer follows the published rule, and yours is another: {mine}."]
+
+
+def _slips_alike(exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered) -> bool:
+    try:
+        wrong = mistaken_answer(lab, exercise.name, mistake.name)
+        request = make_request(
+            exercise,
+            lab,
+            one.case.inputs,
+            seed=0,
+            device="cpu",
+            forbidden=(),
+            seconds=min(2.0, exercise.seconds) if not exercise.needs_triton else exercise.seconds,
+        )
+        response = read_response(answer_case(request, wrong))
+    except Exception:
+        return False
+    if response["status"] != one.response["status"]:
+        return False
+    if response["status"] == "ok":
+        same_changes = response["observed"].get("changed") == one.response["observed"].get("changed")
+        return same_changes and reference.same_slip(one.response["outputs"], response["outputs"])
+    if response["status"] == "raised":
+        return (response.get("error") or {}).get("type") == (one.response.get("error") or {}).get("type")
+    return True
+
+
+def mistaken_answer(lab: str, exercise: str, mistake: str) -> Callable:
+    """The known mistake as a callable, from the texts that `effnlp build` spelled out."""
+    source = exercises.sources(lab)["exercises"][exercise]["mistakes"][mistake]
+    return answer_from_source(lab, exercise, source)
+
+
+def answer_from_source(lab: str, exercise: str, source: str) -> Callable:
+    """Run the lab's given code, the known-right earlier functions and `source`; return the function it defines."""
+    module = exercises.reference_module(lab)
+    space: dict[str, Any] = {"__name__": f"_answer_{exercise}"}
+    _run(exercises.sources(lab)["given"], f"<given {lab}>", space)
+    space.update(getattr(module, "EARLIER", {}))
+    _run(source, f"<answer {exercise} {abs(hash(source))}>", space)
+    return space[exercise]
+
+
+def _run(source: str, name: str, space: dict[str, Any]) -> None:
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # Triton reads kernels' source back
+    exec(compile(source, name, "exec"), space)
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def versions() -> dict[str, str]:
+    """What a verdict depends on besides the answer."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(ImportError):
+        from effnlp_lab import __version__
+
+        found["effnlp_lab"] = __version__
+    return found

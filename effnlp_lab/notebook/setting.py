@@ -1,0 +1,107 @@
+"""The state of one running notebook: which lab, on what device, whose variant, and what was checked so far."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+from dataclasses import dataclass, field
+
+from effnlp_lab import exercises
+from effnlp_lab.device import Device, resolve
+from effnlp_lab.exercises.spec import Exercise
+
+
+@dataclass
+class Setting:
+    """What `start` settles for the notebook that calls it."""
+
+    lab: str | None = None
+    device: Device | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+current = Setting()
+
+
+def start(lab: str, device: str = "auto", fast: str | bool = "auto") -> Device:
+    """Begin a lab: settle the device, register the `%%demo` cell magic, and say what we run on."""
+    current.lab = exercises.lab(lab).name
+    current.device = resolve(device, fast)
+    current.scores.clear()
+    _register_demo()
+    print(f"Lab {exercises.lab(lab).number}, {exercises.lab(lab).title}. {current.device.describe()}")
+    return current.device
+
+
+def device() -> Device:
+    """The device of the running notebook (settled on first use when no lab was started)."""
+    if current.device is None:
+        current.device = resolve()
+    return current.device
+
+
+def student() -> str | None:
+    """Who the notebook belongs to, for variants: EFFNLP_STUDENT, or nobody (the public variant)."""
+    return os.environ.get("EFFNLP_STUDENT") or None
+
+
+def variant_of(exercise: Exercise) -> dict[str, str]:
+    """The running student's variant of an exercise. The course's key comes from EFFNLP_VARIANT_KEY."""
+    return dict(exercise.variant_of(student(), os.environ.get("EFFNLP_VARIANT_KEY", "")))
+
+
+def variant(exercise: str) -> None:
+    """Say in the notebook which rule holds for this student."""
+    spec = exercises.find(exercise)[1]
+    for name, value in variant_of(spec).items():
+        print(spec.variant_text.get(value, f"Your {name}: {value}."))
+
+
+def unsolved(name: str, space: dict) -> bool:
+    """Whether the exercise's function is still a blank in `space` (or was never defined)."""
+    answer = space.get(name)
+    if answer is None:
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(answer, "fn", answer))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    return any(isinstance(node, ast.Raise) and "NotImplementedError" in ast.dump(node) for node in ast.walk(tree))
+
+
+def demo(line: str, cell: str) -> None:
+    """`%%demo exercise ...`: run the cell once these exercises are solved, and say so while they are not."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    blank = []
+    for name in line.split():
+        spec = exercises.find(name)[1]
+        twins = [e.name for e in exercises.find(name)[0].exercises if e.twin_of == spec.name]
+        if all(unsolved(n, shell.user_ns) for n in (name, *twins)):
+            blank.append(name)
+    if blank:
+        print(f"Solve {' and '.join(blank)} first, then run this cell again: it uses your answer.")
+        return
+    outcome = shell.run_cell(cell)
+    if not outcome.success:
+        raise DemoFailed from outcome.error_in_exec
+
+
+class DemoFailed(Exception):
+    """The cell under %%demo raised; its own traceback stands above."""
+
+    def _render_traceback_(self) -> list[str]:
+        return ["The demo cell stopped: the error stands above."]
+
+
+def _register_demo() -> None:
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell = get_ipython()
+    if shell is not None:
+        shell.register_magic_function(demo, magic_kind="cell")

@@ -1,0 +1,89 @@
+"""What every test shares: the device option, and loud words about tests that did not run.
+
+Tests under tests/gpu need a CUDA device. Without one they are not collected into the run, and the summary says so; with
+`--device cuda` they run, and any test that skips is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import effnlp_lab  # noqa: F401  settles Triton's mode before a test imports it
+from effnlp_lab.device import cuda_available, resolve
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+NOTEBOOK_TESTS = Path(__file__).parent / "notebooks"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="auto", choices=("auto", "cpu", "cuda"), help="what the tests run on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.gpu_not_run = set()
+    device = config.getoption("--device")
+    if device != "auto":
+        os.environ["EFFNLP_DEVICE"] = device
+    try:
+        resolve()
+    except effnlp_lab.device.DeviceError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker("gpu")
+    if not _on_gpu(config):
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.gpu_not_run.update(item.nodeid for item in left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    items.sort(key=lambda item: NOTEBOOK_TESTS not in item.path.parents)  # the longest first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    return _refuse_skip(report, item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    report = yield
+    return _refuse_skip(report, collector.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """From a worker of pytest-xdist: which GPU tests it left out."""
+    node.config.gpu_not_run.update(getattr(node, "workeroutput", {}).get("gpu_not_run", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_not_run"] = sorted(session.config.gpu_not_run)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = len(config.gpu_not_run)
+    if left_out:
+        why = "no CUDA device here" if config.getoption("--device") == "auto" else "--device cpu"
+        terminalreporter.section("GPU TESTS NOT RUN", yellow=True, bold=True)
+        terminalreporter.line(f"{left_out} GPU tests were NOT RUN ({why}). On a GPU machine: make gpu")
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return config.getoption("--device") != "cpu" and cuda_available()
+
+
+def _refuse_skip(report, config: pytest.Config):
+    """On a run that was asked to be on a GPU, a test that skips has failed."""
+    if config.getoption("--device") == "cuda" and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"Not run, on a run with --device cuda, where every test must run: {reason}"
+    return report

@@ -1,0 +1,170 @@
+"""Every way in which an answer can be wrong has its own sentence, and the notebook goes on."""
+
+import math
+
+import pytest
+import toy
+import torch
+
+from effnlp_lab.notebook import report
+from effnlp_lab.notebook.check import check, verdict_of
+from effnlp_lab.notebook.driver import answer_case
+from effnlp_lab.notebook.judge import answer_from_source, judge
+
+
+@pytest.fixture(autouse=True)
+def toy_lab(monkeypatch):
+    toy.install(monkeypatch)
+    monkeypatch.delenv("EFFNLP_STUDENT", raising=False)
+
+
+def verdict(body, exercise="softmax", seed=1):
+    source = body if body.lstrip().startswith(("def ", "class ", "@")) else f"def softmax(x):\n    {body}\n"
+    return verdict_of(exercise, answer_from_source("99_toy", exercise, source), seed=seed)
+
+
+def test_a_right_answer_earns_everything():
+    v = verdict(toy.RIGHT)
+    assert (v.state, v.score, v.mistakes) == ("correct", 4.0, [])
+    assert type(v.score) is float
+    assert [c.state for c in v.cases][-1] == "not run here"
+
+
+@pytest.mark.parametrize(
+    ("body", "state", "words"),
+    [
+        ("raise NotImplementedError()", "not attempted", "blank is still there"),
+        ("return None", "incorrect", "is None"),
+        ("pass", "incorrect", "is a return missing"),
+        ("return x.sum(-1)", "incorrect", "has shape"),
+        ("return x.tolist()", "incorrect", "is a list"),
+        ("return x.double().exp() / x.double().exp().sum(-1, keepdim=True)", "incorrect", "dtype float64"),
+        ("return x * float('nan')", "incorrect", "NaN"),
+        ("return x / 0 + 1 / (x * 0)", "incorrect", "infinite|NaN"),
+        ("return x.numpy()", "incorrect", "numpy.ndarray"),
+        ("return (i for i in x)", "incorrect", "generator"),
+        ("return x", "incorrect", "off by"),
+        (
+            "x -= x.amax(-1, keepdim=True); e = x.exp(); return e / e.sum(-1, keepdim=True)",
+            "incorrect",
+            "changes its input `x`",
+        ),
+        ("while True: pass", "timed out", "had not finished"),
+        ("time.sleep(60)", "timed out", "had not finished"),
+        ("return x + undefined", "crashed", "NameError"),
+        ("sys.exit(0)", "crashed", "SystemExit"),
+        ("raise KeyError('no')", "crashed", "KeyError"),
+        ("return softmax(x)", "crashed", "RecursionError"),
+        ("return torch.softmax(x, -1)", "incorrect", "would answer for you"),
+        ("return x.softmax(-1)", "incorrect", "would answer for you"),
+        ("return torch.ops.aten._softmax(x, -1, False)", "incorrect", "would answer for you"),
+        ("return getattr(torch, 'soft' + 'max')(x, -1)", "incorrect", "would answer for you"),
+        ("import scipy; return x", "incorrect", "would answer for you"),
+        ("from torch.nn import functional as F; return F.softmax(x, -1)", "incorrect", "would answer for you"),
+    ],
+)
+def test_each_failing_has_its_sentence(body, state, words):
+    import re
+
+    v = verdict(body)
+    assert v.state == state
+    assert re.search(words, v.sentence), v.sentence
+    assert v.score < 4.0 and math.isfinite(v.score)
+
+
+def test_a_loop_that_swallows_exceptions_is_stopped():
+    v = verdict(
+        "def softmax(x):\n    while True:\n        try:\n            x.exp()\n"
+        "        except Exception:\n            pass\n"
+    )
+    assert v.state == "timed out"
+
+
+def test_prints_and_warnings_are_kept_out_and_told(capsys):
+    v = verdict("""
+def softmax(x):
+    print("y" * 1_000_000)
+    warnings.warn("careful")
+    sys.stderr.write("oh")
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+""")
+    assert v.state == "correct"
+    told = " ".join(v.notes)
+    assert "1,000,001 characters" in told and "careful" in told and "stderr" in told
+    seen = capsys.readouterr()
+    assert seen.out == "" and seen.err == ""
+
+
+def test_partial_credit_by_parts():
+    v = verdict(toy.MISTAKES["no maximum"])
+    assert (v.state, v.score) == ("incorrect", 3.0)
+    assert v.mistakes == ["e^x overflows unless the maximum is taken off first."]
+
+
+def test_the_mistake_is_named():
+    v = verdict(toy.MISTAKES["wrong axis"])
+    assert v.mistakes == ["Softmax runs over the last axis."]
+    assert "Softmax runs over the last axis." in report.text(v)
+    assert "Softmax runs over the last axis." in report.markup(v)
+
+
+def test_an_unknown_slip_is_not_given_a_known_name():
+    assert verdict("return x.cos()").mistakes == []
+
+
+def test_right_but_over_budget():
+    v = verdict("""
+def softmax(x):
+    waste = [x.exp() for _ in range(20)]
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+""")
+    assert v.state == "over budget"
+    assert "bytes at its peak" in v.sentence
+    assert v.score == 3.0
+
+
+def test_a_view_of_the_input_is_told():
+    v = verdict_of("count", answer_from_source("99_toy", "count", "def count(items):\n    return items\n"), seed=1)
+    assert v.state == "incorrect"
+    assert any("shares memory with its input `items`" in n for n in v.notes)
+
+
+COUNT = "def count(items):\n    return {i: items.count(i) for i in items}\n"
+
+
+def test_a_variant_refuses_the_public_answer_and_says_why(monkeypatch):
+    spec = toy.COUNT
+    student = next(s for s in (f"s{i}" for i in range(50)) if spec.variant_of(s)["zero"] == "dropped")
+    monkeypatch.setenv("EFFNLP_STUDENT", student)
+    v = verdict(COUNT, "count")
+    assert v.state == "incorrect"
+    assert v.mistakes == ["Your answer follows the published rule, and yours is another: zero = dropped."]
+    assert verdict("def count(items):\n    return {i: items.count(i) for i in items if i}\n", "count").score == 1.0
+    monkeypatch.delenv("EFFNLP_STUDENT")
+    assert verdict(COUNT, "count").score == 1.0
+
+
+def test_check_shows_and_returns_a_plain_float(capsys):
+    score = check("softmax", answer_from_source("99_toy", "softmax", toy.RIGHT))
+    assert type(score) is float and score == 4.0
+    assert "softmax: correct, 4 of 4 points" in capsys.readouterr().out
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(ValueError, match="needs your function"):
+        check("softmax", torch.ones(2))
+
+
+def test_a_response_that_cannot_be_read_is_a_verdict():
+    for garbage in (b"", b"\x00" * 7, b"\xff" * 64, b"\x02" + b"\x00" * 7 + b"{}"):
+        v = judge(toy.SOFTMAX, "99_toy", lambda request, g=garbage: g, seed=3)
+        assert v.state == "crashed" and v.score == 0.0
+
+
+def test_the_same_seed_gives_the_same_cases():
+    answer = answer_from_source("99_toy", "softmax", "def softmax(x):\n    return x\n")
+    first, second = (judge(toy.SOFTMAX, "99_toy", lambda r: answer_case(r, answer), seed=7) for _ in range(2))
+    assert first.first_failure.details == second.first_failure.details
+    assert first.sentence == second.sentence

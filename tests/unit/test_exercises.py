@@ -1,0 +1,61 @@
+"""Every exercise of every lab: right answers pass, blanks and mistakes do not, in one process and split in two."""
+
+import os
+
+import pytest
+
+from effnlp_lab import exercises
+from effnlp_lab.audit import independent_answers, trials, try_answer
+from effnlp_lab.notebook.driver import answer_case
+from effnlp_lab.notebook.judge import answer_from_source
+from effnlp_lab.notebook.split import SplitDriver
+
+SEEDS = int(os.environ.get("EFFNLP_SEEDS", "6"))  # `effnlp audit --seeds 1000` is the long run
+ALL = [
+    pytest.param(lab, trial, id=f"{lab[:2]}-{trial.exercise.name}-{trial.name}")
+    for lab in exercises.lab_names()
+    for trial in trials(lab)
+]
+
+
+@pytest.fixture(scope="module")
+def split():
+    with SplitDriver() as driver:
+        yield driver
+
+
+@pytest.mark.parametrize(("lab", "trial"), ALL)
+def test_in_one_process(lab, trial):
+    answer = answer_from_source(lab, trial.exercise.name, trial.source)
+    for seed in range(SEEDS):
+        assert try_answer(trial, lab, seed, lambda request: answer_case(request, answer)) is None
+
+
+@pytest.mark.parametrize(("lab", "trial"), ALL)
+def test_split_in_two(lab, trial, split):
+    split.load(lab, trial.exercise.name, trial.source)
+    assert try_answer(trial, lab, 101, split.ask) is None
+
+
+@pytest.mark.parametrize("lab", exercises.lab_names())
+def test_two_independent_answers(lab):
+    answers, _ = independent_answers(lab)
+    for exercise in exercises.lab(lab).exercises:
+        assert len(set(answers.get(exercise.name, ()))) >= 2, f"{exercise.name} needs two independent right answers"
+
+
+@pytest.mark.parametrize("lab", exercises.lab_names())
+def test_names_are_unique_across_labs(lab):
+    others = {e.name for other in exercises.lab_names() if other != lab for e in exercises.lab(other).exercises}
+    assert not others & {e.name for e in exercises.lab(lab).exercises}
+
+
+@pytest.mark.parametrize("lab", [n for n in exercises.lab_names() if exercises.lab(n).graded])
+def test_core_exercises_carry_the_points_within_five_hours(lab):
+    spec = exercises.lab(lab)
+    core = [e for e in spec.exercises if e.kind == "core" and e.twin_of is None]
+    assert 4 <= len(core) <= 6
+    assert sum(e.points for e in core) == spec.points
+    assert all(e.points == 0 for e in spec.exercises if e.kind == "stretch" and e.twin_of is None)
+    assert sum(e.minutes for e in spec.exercises if e.kind == "core" and e.twin_of is None) <= 60 * spec.hours
+    assert spec.hours <= 5
