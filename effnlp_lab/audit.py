@@ -15,6 +15,7 @@ from pathlib import Path
 
 from effnlp_lab import exercises
 from effnlp_lab.build import ROOT
+from effnlp_lab.device import resolve
 from effnlp_lab.errors import EffnlpError
 from effnlp_lab.exercises.spec import Exercise, Variant
 from effnlp_lab.master import read_master, solution_source
@@ -140,9 +141,9 @@ def main(
     labs: Sequence[str] = (), seeds: int = 20, split: bool = False, device: str = "cpu", exercise: str | None = None
 ) -> int:
     """Audit the named labs (all by default), with progress. Exit code 1 when a check has a fault."""
-    faults = []
+    kind, faults = resolve(device).kind, []
     for lab in labs or exercises.lab_names():
-        faults += audit(lab, range(seeds), split, device, exercise, progress=lambda text: print(text, flush=True))
+        faults += audit(lab, range(seeds), split, kind, exercise, progress=lambda text: print(text, flush=True))
     print(f"audit: {len(faults)} faults")
     for fault in faults:
         print(f"  {fault}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from effnlp_lab.errors import DeviceError
+from effnlp_lab.interpreter import mend_interpreter
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,7 @@ def settle_triton() -> None:
     compiled, and there is no CUDA device. A `TRITON_INTERPRET` that is already set is respected ("0" serves to compile
     kernels for a card that is not here). Does nothing where Triton is not installed.
     """
+    mend_interpreter()
     if _interpreter_setting() is False or importlib.util.find_spec("triton") is None or not _runs_on_cpu():
         return
     if _imported_compiled():

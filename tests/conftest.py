@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import effnlp_lab  # noqa: F401  settles Triton's mode before a test imports it
-from effnlp_lab.device import cuda_available, resolve
+from effnlp_lab.device import cuda_available
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 NOTEBOOK_TESTS = Path(__file__).parent / "notebooks"
@@ -25,12 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.gpu_not_run = set()
     device = config.getoption("--device")
-    if device != "auto":
-        os.environ["EFFNLP_DEVICE"] = device
-    try:
-        resolve()
-    except effnlp_lab.device.DeviceError as error:
-        raise pytest.UsageError(str(error)) from error
+    if device == "cpu":
+        os.environ["EFFNLP_DEVICE"] = device  # on a GPU machine too; with "cuda", a test may still ask for the CPU
+    if device == "cuda" and not cuda_available():
+        raise pytest.UsageError("--device cuda was asked for and torch finds no CUDA device: see `effnlp doctor`.")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

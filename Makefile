@@ -1,0 +1,54 @@
+# Everything runs in .venv, which make creates from a bare Python 3.11 or 3.12.
+# `make test PYTHON=python3` uses an environment that already has everything and installs nothing.
+BASE_PYTHON ?= python3
+EXTRAS := notebooks,grading,test
+
+ifdef PYTHON
+    RUN := $(PYTHON)
+    READY :=
+else
+    RUN := .venv/bin/python
+    READY := .venv/installed
+endif
+
+.PHONY: help env demo test gpu build lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   a class of made-up students, graded from release to feedback"
+	@echo "make test   the whole test suite, with every notebook executed (on the CPU where there is no GPU)"
+	@echo "make gpu    the same on a CUDA device, where a skipped test is a failure"
+	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
+	@echo "make lint   ruff, and whether the built notebooks match their masters"
+	@echo "make clean  remove build/ and caches"
+	@echo "make env    only create .venv"
+
+env: $(READY)
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(BASE_PYTHON) is too old: Python 3.11 or newer is needed; name one with BASE_PYTHON=python3.12"; exit 2; }
+	@echo "Creating .venv and installing (a few minutes, about 3 GB on a CPU)"
+	@$(BASE_PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m effnlp_lab demo
+
+test: $(READY)
+	$(RUN) -m effnlp_lab test
+
+gpu: $(READY)
+	$(RUN) -m effnlp_lab test --device cuda
+
+build: $(READY)
+	$(RUN) -m effnlp_lab build
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m effnlp_lab build --check
+
+clean:
+	rm -rf build dist *.egg-info grading/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,198 @@
+"""The command `effnlp`. A verb is a function below; what it needs is imported when it is called.
+
+Exit codes: 0 ok, 1 a check failed, 2 wrong usage or a missing piece of the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from effnlp_lab.errors import EffnlpError, UsageError
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="effnlp",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Efficient NLP Lab: check this machine, build, execute, test and grade the labs.",
+    epilog="A lab may be named in full (01_tokenization), by its number (01) or by its title (tokenization).",
+)
+
+Labs = Annotated[list[str] | None, typer.Argument(metavar="LABS", help="Labs; all of them when none is named.")]
+OneLab = Annotated[str, typer.Argument(metavar="LAB", help="A lab, such as 01_tokenization or 01.")]
+OnDevice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    _finish(_load("effnlp_lab.doctor").main(as_json))
+
+
+@app.command()
+def build(
+    labs: Labs = None,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where something is stale.")] = False,
+    execute: Annotated[bool, typer.Option("--execute", help="Run the solutions and keep their outputs.")] = False,
+    device: OnDevice = "auto",
+) -> None:
+    """Build labs/ and solutions/*.ipynb from the masters, solutions/*/*.py."""
+    _finish(_load("effnlp_lab.build").main(match_labs(labs or ()), check, execute, device))
+
+
+@app.command()
+def run(
+    labs: Labs = None,
+    device: OnDevice = "auto",
+    fast: Annotated[bool | None, typer.Option("--fast/--full", help="Problem sizes.", show_default="auto")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Notebooks at once.", show_default="by cores, memory, GPUs")] = None,
+    student: Annotated[bool, typer.Option("--student/--solutions", help="Run labs/ or solutions/.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one notebook.", show_default="900 or 3600")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to put what was executed.", show_default="build/run")] = None,
+) -> None:
+    """Execute notebooks headlessly; name the cell where one failed, died or hung."""
+    names = match_labs(labs or ())
+    size = "auto" if fast is None else str(int(fast))
+    _finish(_load("effnlp_lab.runner").run_cli(names, device, size, jobs, student, timeout, out))
+
+
+@app.command(context_settings=PASS_ON)
+def test(context: typer.Context, device: OnDevice = "auto") -> None:
+    """Run the whole test suite, every notebook included; further arguments go to pytest.
+
+    With --device cuda the GPU tests run, and a skipped test is a failure.
+    """
+    _finish(_load("effnlp_lab.runner").run_tests(device, context.args))
+
+
+@app.command()
+def audit(
+    labs: Labs = None,
+    seeds: Annotated[int, typer.Option(help="Random seeds to try each answer on.")] = 20,
+    split: Annotated[bool, typer.Option("--split", help="Run answers in a process of their own.")] = False,
+    exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+    device: OnDevice = "auto",
+) -> None:
+    """Hold the checks against right answers, blanks and known mistakes."""
+    _finish(_load("effnlp_lab.audit").main(match_labs(labs or ()), seeds, split, device, exercise))
+
+
+@app.command()
+def mutate(
+    lab: OneLab,
+    exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+    sample: Annotated[int | None, typer.Option(help="At most so many mutants.", show_default="all")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Mutants at once.")] = None,
+) -> None:
+    """Change the solutions in small ways and list the changes that no check notices."""
+    _finish(_load("effnlp_lab.mutate").main(match_lab(lab), exercise, sample, jobs))
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAMES", help="Benchmarks; all by default.")] = None,
+    device: OnDevice = "auto",
+) -> None:
+    """Time the reference implementations beside the libraries one would otherwise use."""
+    _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device))
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def grade(context: typer.Context) -> None:
+    """Grade the submissions of a lab: `effnlp grade LAB`, `effnlp grade --help`."""
+    _grading("grade", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Grade a class of made-up students, from release to feedback."""
+    _grading("demo", context.args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. An error of ours is one sentence, never a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="effnlp")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
+    except EffnlpError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def known_labs() -> list[str]:
+    """The names of all labs: those with exercises in this package, and those in this course."""
+    from effnlp_lab.runner import course_root
+
+    packaged = Path(__file__).resolve().parent.glob("exercises/[0-9][0-9]_*")
+    try:
+        root = course_root()
+        here = [*root.glob("solutions/[0-9][0-9]_*"), *root.glob("labs/[0-9][0-9]_*")]
+    except UsageError:
+        here = []
+    return sorted({folder.name for folder in [*packaged, *here] if folder.is_dir()})
+
+
+def match_lab(word: str, names: Iterable[str] | None = None) -> str:
+    """The lab that a word names: in full, by number or by title. Raises UsageError with the nearest names."""
+    labs = known_labs() if names is None else list(names)
+    word = word.strip().rstrip("/").rsplit("/", 1)[-1].removesuffix(".ipynb").lower()
+    for lab in labs:
+        number, _, title = lab.partition("_")
+        if word in (lab, number, title) or (word.isdigit() and int(word) == int(number)):
+            return lab
+    titles = {lab.partition("_")[2]: lab for lab in labs}
+    near = difflib.get_close_matches(word, [*labs, *titles], n=3, cutoff=0.7)
+    nearest = list(dict.fromkeys(titles.get(name, name) for name in near))
+    if nearest:
+        raise UsageError(f"There is no lab {word!r}: did you mean {' or '.join(nearest)}?")
+    raise UsageError(f"There is no lab {word!r}: expected one of {', '.join(labs) or '(there are no labs here)'}.")
+
+
+def match_labs(words: Iterable[str], names: Iterable[str] | None = None) -> list[str]:
+    """`match_lab` for several words, each lab once, in order."""
+    return list(dict.fromkeys(match_lab(word, names) for word in words))
+
+
+def _load(module: str) -> ModuleType:
+    """Import what a verb needs; a package that is not installed is one sentence."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module + ".").startswith(error.name + "."):
+            raise UsageError(f"This installation has no {module}: use a complete checkout or wheel.") from error
+        raise UsageError(
+            f"The package {error.name} is not installed: run `pip install 'effnlp-lab[notebooks,grading]'`, "
+            "or see `effnlp doctor`."
+        ) from error
+
+
+def _grading(verb: str, arguments: Sequence[str]) -> None:
+    """Hand a verb to the grading package: the installed one, or the one in this source tree's grading/."""
+    if util.find_spec("effnlp_grading") is None:
+        sys.path.append(str(Path(__file__).resolve().parent.parent / "grading"))
+    _finish(_load("effnlp_grading.cli").main([verb, *arguments]))
+
+
+def _finish(code: int | None) -> None:
+    raise typer.Exit(code or 0)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(143)  # an exception, so that what was started is ended too

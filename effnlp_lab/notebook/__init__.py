@@ -1,0 +1,1 @@
+"""What a notebook calls: check, wire, meter, bench, plots, receipt."""

@@ -1,0 +1,159 @@
+"""One wheel carries both packages with their data; conda's file, the pins and pyproject.toml agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from effnlp_lab import __version__
+from effnlp_lab.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base", "playwright": "playwright-python"}
+CONDA_ONLY = {"python", "pip", "bubblewrap"}
+NOT_ON_A_CPU = {"flash-attn", "liger-kernel", "nvidia-ml-py"}
+PACKAGED = {".py", ".json", ".html", ".css", ".md", ".txt", ".safetensors"}
+
+
+def requirements() -> dict[str, Requirement]:
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def pins() -> dict[str, Version]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {_key(name): Version(version) for name, version in (line.split("==") for line in lines)}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_one_range_for_a_package():
+    seen: dict[str, SpecifierSet] = {}
+    for line in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]:
+        requirement = Requirement(line)
+        assert seen.setdefault(requirement.name, requirement.specifier) == requirement.specifier, requirement.name
+        assert requirement.specifier, f"{requirement.name} has no range"
+
+
+def test_core_dependencies_are_ranges():
+    for line in PROJECT["dependencies"]:
+        assert "==" not in str(Requirement(line).specifier), line
+    assert requirements()["torch"].specifier == SpecifierSet(">=2.11,<3")
+    assert requirements()["triton"].marker.evaluate({"platform_system": "Linux"})
+    assert not requirements()["triton"].marker.evaluate({"platform_system": "Darwin"})
+
+
+def test_flash_attention_is_never_installed_for_the_cpu():
+    makefile = (ROOT / "Makefile").read_text()
+    extras = re.search(r"^EXTRAS := (.*)$", makefile, re.MULTILINE).group(1).split(",")
+    assert set(extras) == {"notebooks", "grading", "test"}
+    assert not any("flash" in line for extra in extras for line in EXTRAS[extra])
+
+
+@pytest.mark.parametrize("name", sorted(set(requirements()) - NOT_ON_A_CPU))
+def test_every_dependency_is_pinned_within_its_range(name):
+    assert requirements()[name].specifier.contains(pins()[_key(name)])
+
+
+def conda() -> dict[str, SpecifierSet]:
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    parts = [line.partition(" ") for line in lines]
+    return {name: SpecifierSet(ranges) for name, _, ranges in parts}
+
+
+def test_conda_has_the_same_packages_and_ranges():
+    expected = {CONDA_NAMES.get(name, name): requirement.specifier for name, requirement in requirements().items()}
+    found = {name: ranges for name, ranges in conda().items() if name not in CONDA_ONLY}
+    assert found == expected
+
+
+def test_conda_python():
+    ranges, ours = conda()["python"], SpecifierSet(PROJECT["requires-python"])
+    for version in ("3.11.0", "3.12.9"):
+        assert ranges.contains(version) and ours.contains(version)
+    assert not ranges.contains("3.10.14") and not ours.contains("3.10.14")
+    assert yaml.safe_load((ROOT / "environment.yml").read_text())["channels"] == ["conda-forge"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, offline, unpacked into a folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.db")
+    for name in ("effnlp_lab", "grading"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-prose"):
+        shutil.copy(ROOT / name, source)
+    (source / "grading").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    (archive,) = folder.glob("*.whl")
+    assert archive.name.startswith(f"effnlp_lab-{__version__}-py3-none-any")
+    zipfile.ZipFile(archive).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_wheel_has_every_module_and_its_data(wheel):
+    for package, home in (("effnlp_lab", ROOT), ("effnlp_grading", ROOT / "grading")):
+        files = [path for path in (home / package).rglob("*") if path.suffix in PACKAGED and path.is_file()]
+        missing = [path for path in files if not (wheel / path.relative_to(home)).is_file()]
+        assert not missing
+
+
+def test_wheel_has_nothing_else(wheel):
+    tops = {path.name.partition("-")[0] for path in wheel.iterdir()}
+    assert tops <= {"effnlp_lab", "effnlp_grading"}
+    assert not list(wheel.rglob("*.pyc"))
+
+
+def test_wheel_works_elsewhere(wheel):
+    entry_points = next(wheel.glob("*.dist-info")).joinpath("entry_points.txt").read_text()
+    assert "effnlp = effnlp_lab.__main__:main" in entry_points
+    environment = dict(os.environ, PYTHONPATH=str(wheel), EFFNLP_DEVICE="cpu")
+    command = [sys.executable, "-m", "effnlp_lab", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=wheel, env=environment, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("Ready: everything essential is here.\n")
+
+
+def test_licences():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "Attribution 4.0" in (ROOT / "LICENSE-prose").read_text()
+
+
+def test_ci_runs_what_the_readme_gives():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and script.read_text().rstrip().endswith("\nmake test")
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_every_verb():
+    readme = (ROOT / "README.md").read_text()
+    for command in app.registered_commands:
+        assert f"effnlp {command.callback.__name__}" in readme, command.callback.__name__
+
+
+def test_workflows_are_valid_yaml_and_use_make():
+    for name in ("cpu", "gpu"):
+        workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+        steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+        assert any(run in (".ci/run", "make gpu") for run in steps)
