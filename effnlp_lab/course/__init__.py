@@ -1,0 +1,1 @@
+"""The text and the models that every lab shares."""
