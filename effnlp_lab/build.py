@@ -25,8 +25,9 @@ from effnlp_lab.master import (
     Master,
     MasterError,
     blank_source,
+    bound_names,
+    free_names,
     given_source,
-    loaded_names,
     mistaken_source,
     read_master,
     solution_source,
@@ -209,13 +210,13 @@ def _sources(master: Master) -> str:
     """Given code, blanks and known mistakes, for checks on machines that have no master."""
     module = exercises.reference_module(master.lab.name)
     given = given_source(master)
-    known = set(dir(builtins)) | _bound(given) | set(getattr(module, "EARLIER", {}))
+    known = set(dir(builtins)) | bound_names(ast.parse(given)) | set(getattr(module, "EARLIER", {}))
     spelled = {}
     for exercise in master.lab.exercises:
         cell = master.exercise_cell(exercise.name)
         source = solution_source(cell)
         tree = ast.parse(source)
-        free = sorted(_free_names(tree) - known)
+        free = sorted(free_names(tree) - known)
         if free:
             raise MasterError(
                 f"{master.path.name}, line {cell.first_line}: exercise {exercise.name!r} uses {free[0]!r}, "
@@ -232,32 +233,6 @@ def _sources(master: Master) -> str:
             "mistakes": {m.name: mistaken_source(master, exercise.name, m) for m in mistakes},
         }
     return json.dumps({"given": given, "exercises": spelled}, indent=1, ensure_ascii=False) + "\n"
-
-
-def _bound(source: str) -> set[str]:
-    from effnlp_lab.master import bound_names
-
-    return bound_names(ast.parse(source))
-
-
-def _free_names(tree: ast.Module) -> set[str]:
-    """Names that a cell reads and does not define anywhere in itself."""
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))}
-    stored |= {
-        a.arg
-        for n in ast.walk(tree)
-        if isinstance(n, ast.arguments)
-        for a in (*n.posonlyargs, *n.args, *n.kwonlyargs, *filter(None, (n.vararg, n.kwarg)))
-    }
-    stored |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    stored |= {
-        (a.asname or a.name).partition(".")[0]
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
-    stored |= {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
-    return loaded_names(tree) - stored
 
 
 def _copy_outputs(old: NotebookNode, new: NotebookNode) -> None:

@@ -224,7 +224,7 @@ def _no_demo_names(master: Master) -> None:
         if cell.kind == "demo":
             demos |= bound_names(tree) - kept
             continue
-        lost = sorted((loaded_names(tree) & demos) - kept - bound_names(tree))
+        lost = sorted((free_names(tree) & demos) - kept)
         if lost:
             _fail(
                 master.path,
@@ -303,6 +303,26 @@ def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
 def loaded_names(tree: ast.AST) -> set[str]:
     """Names that a cell reads, wherever in it."""
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def free_names(tree: ast.Module) -> set[str]:
+    """Names that a cell reads and does not define anywhere in itself."""
+    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))}
+    stored |= {
+        a.arg
+        for n in ast.walk(tree)
+        if isinstance(n, ast.arguments)
+        for a in (*n.posonlyargs, *n.args, *n.kwonlyargs, *filter(None, (n.vararg, n.kwarg)))
+    }
+    stored |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    stored |= {
+        (a.asname or a.name).partition(".")[0]
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    stored |= {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
+    return loaded_names(tree) - stored
 
 
 def given_source(master: Master) -> str:

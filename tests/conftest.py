@@ -14,6 +14,7 @@ import pytest
 import effnlp_lab  # noqa: F401  settles Triton's mode before a test imports it
 from effnlp_lab.device import cuda_available
 
+ROOT = Path(__file__).parent.parent
 GPU_TESTS = Path(__file__).parent / "gpu"
 NOTEBOOK_TESTS = Path(__file__).parent / "notebooks"
 
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.gpu_not_run = set()
+    paths = [str(ROOT), str(ROOT / "grading"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # for the processes that tests start
     device = config.getoption("--device")
     if device == "cpu":
         os.environ["EFFNLP_DEVICE"] = device  # on a GPU machine too; with "cuda", a test may still ask for the CPU

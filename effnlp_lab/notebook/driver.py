@@ -99,6 +99,8 @@ def _drive_of(lab: str, exercise: str) -> Callable:
 def _describe_error(error: BaseException) -> dict[str, Any]:
     if is_blank(error):
         return {"status": "blank"}
+    if type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__  # Triton's interpreter wraps what happened in the kernel
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "effnlp_lab" not in f.filename]
     where = f"line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
     message = str(error)[:500]

@@ -65,10 +65,25 @@ class Watch(contextlib.AbstractContextManager):
         owner_name, _, attribute = name.rpartition(".")
         owner = _lookup(owner_name)
         if owner is None or isinstance(_lookup(name), types.ModuleType):
-            self._stack.enter_context(mock.patch.dict(sys.modules, {name: _Refusing(name, self)}))
+            self._stack.enter_context(_module_swapped(name, _Refusing(name, self)))
         elif hasattr(owner, attribute):
             with contextlib.suppress(TypeError):  # attributes of built-in types cannot be swapped: the modes remain
                 self._stack.enter_context(mock.patch.object(owner, attribute, _refusing(name, self)))
+
+
+@contextlib.contextmanager
+def _module_swapped(name: str, stand_in: types.ModuleType) -> Iterator[None]:
+    """Put `stand_in` into sys.modules. What an answer imports meanwhile stays (mock.patch.dict would drop it, and torch's
+    compiler, which torch.utils.checkpoint imports, cannot be imported twice)."""
+    before = sys.modules.get(name)
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if before is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = before
 
 
 def _refusing(name: str, watch: Watch) -> Callable:

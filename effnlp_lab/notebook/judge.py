@@ -371,17 +371,19 @@ def name_mistakes(
     failing = [a for a in answered if a.result.state in ("incorrect", "crashed", "timed out")]
     if not failing or any(a.response["status"] == "forbidden" for a in failing):
         return []
+    if published := _public_rule(exercise, reference, failing, variant):
+        return published  # first: the mistakes are slips of the published solution, and agree with it on some cases
     candidates = list(reference.mistakes)
     for one in failing[:4]:
         # every response is compared, the passing ones too, once a candidate remains
-        matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one)]
+        matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant)]
         if matching:
             candidates = matching
         elif one is failing[0]:
-            return _public_rule(exercise, reference, failing, variant)
+            return []
     if len(candidates) > 1:
         for one in [a for a in answered if a.result.state == "correct"][:4]:
-            matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one)]
+            matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant)]
             candidates = matching or candidates
     return [m.sentence for m in candidates]
 
@@ -401,7 +403,10 @@ def _public_rule(exercise: Exercise, reference: Reference, failing: list[_Answer
     return [f"Your answer follows the published rule, and yours is another: {mine}."]
 
 
-def _slips_alike(exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered) -> bool:
+def _slips_alike(
+    exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered, variant: Variant
+) -> bool:
+    """Whether the mistake gives what the student gave; one that does a case right explains no failure on it."""
     try:
         wrong = mistaken_answer(lab, exercise.name, mistake.name)
         request = make_request(
@@ -414,7 +419,11 @@ def _slips_alike(exercise: Exercise, lab: str, reference: Reference, mistake: Mi
             seconds=min(2.0, exercise.seconds) if not exercise.needs_triton else exercise.seconds,
         )
         response = read_response(answer_case(request, wrong))
+        inputs = dict(one.case.inputs)
+        judged = _judge_response(exercise, reference, one.case, inputs, response, variant, "cpu", 0.0, False)
     except Exception:
+        return False
+    if judged[0] == "correct" and one.result.state == "incorrect":
         return False
     if response["status"] != one.response["status"]:
         return False
