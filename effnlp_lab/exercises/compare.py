@@ -160,6 +160,9 @@ def _compare_tensors(got, want, plain, dtype, rough, path) -> Finding | None:
             f"{path} has NaN at {_position(strange)} ({int(strange.sum())} of {got.numel()} values): "
             "look for 0/0, inf - inf or a fully masked row"
         )
+    lacking = torch.isnan(want64) & ~torch.isnan(got64)
+    if lacking.any():
+        return Finding(f"{path} is {brief(got64[_position(lacking)].item())} at {_position(lacking)}, and NaN is right")
     infinite = torch.isinf(got64) & (got64 != want64)
     if infinite.any():
         return Finding(

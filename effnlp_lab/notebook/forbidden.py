@@ -73,8 +73,10 @@ class Watch(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _module_swapped(name: str, stand_in: types.ModuleType) -> Iterator[None]:
-    """Put `stand_in` into sys.modules. What an answer imports meanwhile stays (mock.patch.dict would drop it, and torch's
-    compiler, which torch.utils.checkpoint imports, cannot be imported twice)."""
+    """Put `stand_in` into sys.modules, and leave there what an answer imports meanwhile.
+
+    mock.patch.dict would drop it, and torch's compiler, which torch.utils.checkpoint imports, cannot come twice.
+    """
     before = sys.modules.get(name)
     sys.modules[name] = stand_in
     try:

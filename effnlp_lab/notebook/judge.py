@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from effnlp_lab import exercises
+from effnlp_lab.exercises.compare import brief, kind_of
 from effnlp_lab.exercises.reference import Case, Mistake, Reference, Rng
 from effnlp_lab.exercises.spec import Exercise, Variant
 from effnlp_lab.notebook import wire
@@ -182,7 +183,17 @@ def _ask_case(
     result.state, result.sentence, result.details = _judge_response(
         exercise, reference, case, inputs, response, variant, device, seconds, metered
     )
+    if result.state in ("incorrect", "crashed", "timed out") and "forbidden" not in result.details:
+        result.details |= {f"input {name}": _shown(value) for name, value in inputs.items()}
     return _Answered(case, request, response, result, notes)
+
+
+def _shown(value: Any) -> str:
+    """An input for the report: shape and dtype of a tensor, the start of anything else."""
+    if isinstance(value, torch.Tensor):
+        layout = "" if value.is_contiguous() else f", strides {tuple(value.stride())}"
+        return f"{kind_of(value)}{layout}"
+    return brief(value)
 
 
 def make_request(

@@ -83,11 +83,15 @@ def demo(line: str, cell: str) -> None:
         if all(unsolved(n, shell.user_ns) for n in (name, *twins)):
             blank.append(name)
     if blank:
-        print(f"Solve {' and '.join(blank)} first, then run this cell again: it uses your answer.")
+        print(f"Solve {_listed(blank)} first, then run this cell again: it uses your answer.")
         return
     outcome = shell.run_cell(cell)
     if not outcome.success:
         raise DemoFailed from outcome.error_in_exec
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 class DemoFailed(Exception):

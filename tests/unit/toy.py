@@ -17,7 +17,7 @@ SOFTMAX = Exercise(
     title="Softmax",
     signature="(x) -> Tensor",
     parts={"values": 0.75, "large": 0.25},
-    seconds=0.5,
+    seconds=1.0,
     forbidden=("torch.nn.functional.softmax", "torch.softmax", "torch.Tensor.softmax", "aten::_softmax", "scipy"),
 )
 COUNT = Exercise(
@@ -27,7 +27,7 @@ COUNT = Exercise(
     difficulty=1,
     title="Count",
     signature="(items) -> dict",
-    seconds=0.5,
+    seconds=1.0,
     variants={"zero": ("kept", "dropped")},
 )
 LAB = Lab("99_toy", "Toy", 1.0, (SOFTMAX, COUNT))
