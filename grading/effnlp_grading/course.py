@@ -1,0 +1,134 @@
+"""A course on disk: its folders, its gradebook, and the plain nbgrader commands that work on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import effnlp_lab
+from effnlp_lab import exercises
+from effnlp_lab.errors import UsageError
+
+CONFIGURATION = "nbgrader_config.py"
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What the gradebook holds of one submission. `exercises` has points and maximum of each check."""
+
+    student: str
+    lab: str
+    score: float
+    max_score: float
+    exercises: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A folder with `grading/nbgrader_config.py`, and what nbgrader keeps in it."""
+
+    root: Path
+
+    @property
+    def submitted(self) -> Path:
+        return self.root / "grading" / "submitted"
+
+    @property
+    def gradebook(self) -> Path:
+        return self.root / "grading" / "gradebook.db"
+
+    def submission(self, student: str, lab: str) -> Path:
+        return self._notebook("submitted", student, lab)
+
+    def autograded(self, student: str, lab: str) -> Path:
+        return self._notebook("autograded", student, lab)
+
+    def feedback(self, student: str, lab: str) -> Path:
+        return self._notebook("feedback", student, lab).with_suffix(".html")
+
+    def log(self, student: str, lab: str) -> Path:
+        return self.root / "grading" / "logs" / lab / f"{student}.log"
+
+    def _notebook(self, step: str, student: str, lab: str) -> Path:
+        return self.root / "grading" / step / student / lab / f"{exercises.lab(lab).notebook}.ipynb"
+
+    def students(self, lab: str) -> list[str]:
+        """Who has submitted a notebook of this lab, in order."""
+        name = f"{exercises.lab(lab).notebook}.ipynb"
+        return sorted(path.parent.parent.name for path in self.submitted.glob(f"*/{lab}/{name}"))
+
+    def lost_cells(self, student: str, lab: str) -> list[str]:
+        """Answer cells of the release that a submission no longer has (or whose metadata it has lost)."""
+        import nbformat
+
+        def answers(path: Path) -> list[str]:
+            cells = nbformat.read(path, as_version=4).cells
+            metadata = [cell.metadata.get("nbgrader", {}) for cell in cells]
+            return [one["grade_id"] for one in metadata if one.get("solution")]
+
+        there = answers(self.submission(student, lab))
+        release = self.root / "labs" / lab / self.submission(student, lab).name
+        return [name for name in answers(release) if name not in there]
+
+    def nbgrader(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
+        """Run an nbgrader command as an instructor types it; return what it says. Raises UsageError if it fails."""
+        done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=self.root, text=True, check=False,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={**environment_with_kit(), **(environment or {})})
+        if done.returncode != 0:
+            raise UsageError(f"`nbgrader {' '.join(arguments)}` failed in {self.root}: {last_words(done.stdout)}")
+        return done.stdout
+
+    def grades(self, lab: str) -> dict[str, Grade]:
+        """What the gradebook holds of a lab: student -> Grade."""
+        from nbgrader.api import Gradebook, MissingEntry
+
+        found = {}
+        with Gradebook(f"sqlite:///{self.gradebook}?timeout=120") as book:
+            try:
+                submissions = book.assignment_submissions(lab)
+            except MissingEntry:
+                return {}
+            for one in submissions:
+                points = {grade.name.removeprefix("test_"): (float(grade.score or 0.0), float(grade.max_score))
+                          for notebook in one.notebooks for grade in notebook.grades}
+                found[one.student.id] = Grade(one.student.id, lab, float(one.score), float(one.max_score), points)
+        return found
+
+    def is_released(self, lab: str) -> bool:
+        """Whether the gradebook knows the lab, which `nbgrader generate_assignment` sees to."""
+        from nbgrader.api import Gradebook, MissingEntry
+
+        if not self.gradebook.is_file():
+            return False
+        with Gradebook(f"sqlite:///{self.gradebook}?timeout=120") as book:
+            try:
+                return bool(book.find_assignment(lab).notebooks)
+            except MissingEntry:
+                return False
+
+
+def find_course() -> Course:
+    """The course of the working directory or of one of its parents, else the checkout that this package is in."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        if (folder / "grading" / CONFIGURATION).is_file():
+            return Course(folder)
+    raise UsageError(f"There is no course here: expected a folder with grading/{CONFIGURATION}; use a checkout.")
+
+
+def environment_with_kit() -> dict[str, str]:
+    """This process's environment, with this effnlp_lab on the path of what is started: installed or not."""
+    kit = str(Path(effnlp_lab.__file__).resolve().parents[1])
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != kit]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([kit, *others]))
+
+
+def last_words(log: str) -> str:
+    """The line of an nbgrader log that says best what went wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+    return (errors or [line for line in lines if "ERROR" in line] or lines or ["it said nothing"])[-1][:300]

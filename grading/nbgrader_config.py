@@ -1,0 +1,86 @@
+"""nbgrader's configuration of the course. It holds for commands typed at the root of the course and in grading/.
+
+The folders: masters and solved notebooks in solutions/, releases in labs/, and everything about students (submissions,
+graded notebooks, feedback, the gradebook) under grading/, which git ignores. The course is the folder above this one,
+wherever this file is copied to.
+"""
+
+import os
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+c = get_config()  # noqa: F821  (traitlets puts it here)
+
+GRADING = Path(__file__).resolve().parent
+COURSE = GRADING.parent
+
+
+def _first_in(variable: str, folder: Path) -> None:
+    """Put a folder first in a search path of the environment, which nbgrader's kernels and commands inherit."""
+    folders = [f for f in os.environ.get(variable, "").split(os.pathsep) if f]
+    if str(folder) not in folders:
+        os.environ[variable] = os.pathsep.join([str(folder), *folders])
+
+
+# nbgrader calls `alembic` by its name, kernels import effnlp_lab, and nbgrader imports effnlp_grading: all three work
+# without an activated environment or an installed package.
+_first_in("PATH", Path(sys.executable).parent)
+_checkout = next((folder for folder in GRADING.parents if (folder / "effnlp_lab" / "__init__.py").is_file()), None)
+if _checkout:
+    _first_in("PYTHONPATH", _checkout)
+elif find_spec("effnlp_lab"):  # a course outside the checkout: the package is on the path
+    _checkout = Path(find_spec("effnlp_lab").origin).parents[1]
+if _checkout:
+    sys.path += [str(folder) for folder in (_checkout, _checkout / "grading") if str(folder) not in sys.path]
+
+# nbgrader 0.9 under SQLAlchemy 2.1 says this at every submission; nothing is lost.
+warnings.filterwarnings("ignore", message="Object of type <Submitted.* not in session")
+
+c.CourseDirectory.root = str(COURSE)
+c.CourseDirectory.course_id = "efficient_nlp"
+c.CourseDirectory.source_directory = "solutions"
+c.CourseDirectory.release_directory = "labs"
+c.CourseDirectory.submitted_directory = "grading/submitted"
+c.CourseDirectory.autograded_directory = "grading/autograded"
+c.CourseDirectory.feedback_directory = "grading/feedback"
+c.CourseDirectory.solution_directory = "grading/solution"
+c.CourseDirectory.source_with_tests_directory = "grading/source_with_tests"
+c.ZipCollectApp.downloaded_directory = "grading/downloaded"
+c.CourseDirectory.db_url = f"sqlite:///{GRADING / 'gradebook.db'}"
+c.ExportPlugin.to = str(GRADING / "grades.csv")
+
+# nbgrader copies what lies beside a solved notebook into the release: masters, answers and receipts stay here.
+c.CourseDirectory.ignore = [
+    ".ipynb_checkpoints", "__pycache__", "*.pyc", "feedback", "receipts", "*.py", "*.toml", "*.json", "*.jsonl",
+    "*.log", "*.html", "*.png", "*.svg",
+]
+
+# The release is generated: making it again replaces it. The stub is effnlp_lab.master.STUB (a test compares them;
+# importing it here would import torch at every command).
+c.GenerateAssignment.force = True
+c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your answer goes here")'}
+
+# Checks limit each case themselves; these limits are for a cell that escapes them. A kernel imports torch first.
+c.ExecutePreprocessor.timeout = 900
+c.ExecutePreprocessor.startup_timeout = 180
+c.ExecutePreprocessor.iopub_timeout = 60
+c.ExecutePreprocessor.skip_cells_with_tag = "demo"
+c.LimitOutput.max_lines = 300
+c.LimitOutput.max_traceback = 60
+
+# After execution, and before points are saved, each check's result is read strictly.
+c.Autograde.autograde_preprocessors = [
+    "nbgrader.preprocessors.Execute",
+    "effnlp_grading.verdicts.ReadVerdicts",
+    "nbgrader.preprocessors.IgnorePattern",
+    "nbconvert.preprocessors.ClearMetadataPreprocessor",
+    "nbgrader.preprocessors.LimitOutput",
+    "nbgrader.preprocessors.SaveAutoGrades",
+    "nbgrader.preprocessors.AssignLatePenalties",
+    "nbgrader.preprocessors.CheckCellMetadata",
+]
+
+# A check that was deleted from a submission is put back, so that it is graded like the others.
+c.OverwriteCells.add_missing_cells = True

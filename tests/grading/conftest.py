@@ -1,0 +1,107 @@
+"""A small class in a course of its own, graded once and shared by all tests, on all of pytest-xdist's workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "grading"))
+
+from effnlp_grading import demo, sample_class  # noqa: E402
+from effnlp_grading.course import Course  # noqa: E402
+from effnlp_grading.grade import grade  # noqa: E402
+
+from effnlp_lab import exercises  # noqa: E402
+from effnlp_lab.master import Master, read_master  # noqa: E402
+
+LAB = "01_tokenization"
+SEED = 11
+NOISE = """
+import os, sys
+_silent = {name}
+
+def {name}(*arguments, **named):
+    os.write(2, b"a library speaks\\n")
+    print("a student too", file=sys.stderr)
+    return _silent(*arguments, **named)
+"""
+STUDENTS = ("perfect", "blank", "mixed", "crumbled")
+
+
+@dataclass(frozen=True)
+class Class:
+    """A released and graded course. `written` has each student's answers; "crumbled" lost a cell's metadata."""
+
+    course: Course
+    master: Master
+    written: dict[str, dict[str, str]]
+    seed: int = SEED
+    lab: str = LAB
+
+
+@pytest.fixture(scope="session")
+def master() -> Master:
+    return read_master(ROOT / "solutions" / LAB / f"{exercises.lab(LAB).notebook}.py")
+
+
+@pytest.fixture(scope="session")
+def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Class:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    written = {student: _answers(student, master) for student in STUDENTS}
+    course = Course(shared / "graded_class")
+    with FileLock(shared / "graded_class.lock"):
+        if not (shared / "graded_class.done").exists():
+            demo.scratch_course(ROOT, course.root, [master.lab])
+            _leave_answers_about(course.root / "solutions" / LAB)
+            course.nbgrader("generate_assignment", LAB)
+            for student in STUDENTS:
+                _submit(course, master, student, written[student])
+            pairs = [(LAB, student) for student in STUDENTS]
+            grade(course, pairs, device="cpu", environment={"EFFNLP_SEED": str(SEED), "EFFNLP_FAST": "1"})
+            (shared / "graded_class.done").touch()
+    return Class(course, master, written)
+
+
+def _answers(student: str, master: Master) -> dict[str, str]:
+    """The mixed student's exercises are, in turn, right (and noisy), each known mistake, and blank."""
+    if student in ("perfect", "blank"):
+        return sample_class.answers(student, master)
+    solved = sample_class.answers("perfect", master)
+    if student == "crumbled":
+        return solved
+    mixed = {}
+    for number, (name, source) in enumerate(solved.items()):
+        mistakes = list(sample_class.mistakes_of(master.lab, name).values())
+        if number == 0:
+            mixed[name] = f"{source}\n{NOISE.format(name=name)}"
+        elif number % 3 == 1 and mistakes:
+            mixed[name] = mistakes[0].strip("\n")
+        elif number % 3 == 2:
+            mixed[name] = source
+    return mixed
+
+
+def _submit(course: Course, master: Master, student: str, written: dict[str, str]) -> None:
+    release = nbformat.read(course.root / "labs" / LAB / f"{master.lab.notebook}.ipynb", as_version=4)
+    notebook = sample_class.submission(release, written)
+    if student == "crumbled":
+        cell = next(cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("solution"))
+        del cell.metadata["nbgrader"]
+    path = course.submission(student, LAB)
+    path.parent.mkdir(parents=True)
+    nbformat.write(notebook, path)
+
+
+def _leave_answers_about(folder: Path) -> None:
+    """What must never reach a release, beside the solved notebook."""
+    (folder / "receipts").mkdir(exist_ok=True)
+    for name in ("answers.py", "answers.toml", "receipt.json", "receipts/late.txt", "receipts/receipt.json"):
+        (folder / name).write_text("the answer\n")
