@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -115,6 +117,8 @@ class _Captured(contextlib.AbstractContextManager):
     def __enter__(self) -> _Captured:
         self.out, self.err = _Bounded(), _Bounded()
         self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_descriptor_redirected(1, self.out))
+        self._stack.enter_context(_descriptor_redirected(2, self.err))
         self._stack.enter_context(contextlib.redirect_stdout(self.out))
         self._stack.enter_context(contextlib.redirect_stderr(self.err))
         self._stack.enter_context(_handlers_redirected(self.err))
@@ -155,6 +159,23 @@ class _Bounded(io.TextIOBase):
 
     def kept(self) -> str:
         return "".join(self._kept)
+
+
+@contextlib.contextmanager
+def _descriptor_redirected(descriptor: int, stream: _Bounded) -> Iterator[None]:
+    """Catch what native libraries write below Python's streams."""
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(descriptor)
+        os.dup2(caught.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
+            length = caught.seek(0, os.SEEK_END)
+            caught.seek(0)
+            stream.write(caught.read(KEPT_OUTPUT).decode(errors="replace"))
+            stream.count += max(0, length - KEPT_OUTPUT)
 
 
 @contextlib.contextmanager
