@@ -112,15 +112,16 @@ def audit(
     split: bool = False,
     device: str = "cpu",
     only: str | None = None,
+    right: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Fault]:
-    """Try everything of a lab on every seed. Returns the faults, the first one of each answer."""
+    """Try everything of a lab (with `right`, right answers alone) on every seed. Returns each answer's first fault."""
     name = exercises.lab(lab).name
     faults = []
     with ExitStack() as stack:
         driver = stack.enter_context(SplitDriver()) if split else None
         for trial in trials(name):
-            if only not in (None, trial.exercise.name):
+            if only not in (None, trial.exercise.name) or (right and not trial.right):
                 continue
             if driver:
                 driver.load(name, trial.exercise.name, trial.source)
@@ -138,12 +139,17 @@ def audit(
 
 
 def main(
-    labs: Sequence[str] = (), seeds: int = 20, split: bool = False, device: str = "cpu", exercise: str | None = None
+    labs: Sequence[str] = (),
+    seeds: int = 20,
+    split: bool = False,
+    device: str = "cpu",
+    exercise: str | None = None,
+    right: bool = False,
 ) -> int:
     """Audit the named labs (all by default), with progress. Exit code 1 when a check has a fault."""
     kind, faults = resolve(device).kind, []
     for lab in labs or exercises.lab_names():
-        faults += audit(lab, range(seeds), split, kind, exercise, progress=lambda text: print(text, flush=True))
+        faults += audit(lab, range(seeds), split, kind, exercise, right, progress=lambda text: print(text, flush=True))
     print(f"audit: {len(faults)} faults")
     for fault in faults:
         print(f"  {fault}")

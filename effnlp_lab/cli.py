@@ -84,10 +84,11 @@ def audit(
     seeds: Annotated[int, typer.Option(help="Random seeds to try each answer on.")] = 20,
     split: Annotated[bool, typer.Option("--split", help="Run answers in a process of their own.")] = False,
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+    right: Annotated[bool, typer.Option("--right", help="Only the right answers.")] = False,
     device: OnDevice = "auto",
 ) -> None:
     """Hold the checks against right answers, blanks and known mistakes."""
-    _finish(_load("effnlp_lab.audit").main(match_labs(labs or ()), seeds, split, device, exercise))
+    _finish(_load("effnlp_lab.audit").main(match_labs(labs or ()), seeds, split, device, exercise, right))
 
 
 @app.command()

@@ -81,18 +81,18 @@ def _watch_memory(module: ModuleType) -> None:
                 "is a mask missing, or a stride or an offset wrong?"
             )
 
-    def checked_load(self, ptrs, mask, other, *rest):
+    def checked_load(self, ptrs, mask, other, *rest, **named):  # named: from a tensor descriptor's load
         check("reads", ptrs, mask)
         if other is None:
             kind = ptrs.get_element_ty()
             dtype = module._get_np_dtype(kind)
             poison = np.nan if np.issubdtype(dtype, np.floating) else 0x7FC0 if kind.is_bf16() else np.iinfo(dtype).max
             other = module.TensorHandle(np.full_like(ptrs.data, poison, dtype=dtype), kind)
-        return load(self, ptrs, mask, other, *rest)
+        return load(self, ptrs, mask, other, *rest, **named)
 
-    def checked_store(self, ptrs, value, mask, *rest):
+    def checked_store(self, ptrs, value, mask, *rest, **named):
         check("writes", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     executor._init_args_hst = note_spans
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store

@@ -114,7 +114,7 @@ def judge(
         slow += one.result.state == "timed out"
     _conclude(verdict, exercise)
     if verdict.state in ("incorrect", "crashed", "timed out"):
-        verdict.mistakes = name_mistakes(exercise, lab, reference, answered, variant)
+        verdict.mistakes = name_mistakes(exercise, lab, reference, answered, variant, device)
     verdict.seconds = time.perf_counter() - started
     return verdict
 
@@ -376,7 +376,7 @@ def _conclude(verdict: Verdict, exercise: Exercise) -> None:
 
 
 def name_mistakes(
-    exercise: Exercise, lab: str, reference: Reference, answered: list[_Answered], variant: Variant
+    exercise: Exercise, lab: str, reference: Reference, answered: list[_Answered], variant: Variant, device: str
 ) -> list[str]:
     """Sentences of the known mistakes that give what the student's answer gave, on as many failing cases as can be."""
     failing = [a for a in answered if a.result.state in ("incorrect", "crashed", "timed out")]
@@ -387,14 +387,14 @@ def name_mistakes(
     candidates = list(reference.mistakes)
     for one in failing[:4]:
         # every response is compared, the passing ones too, once a candidate remains
-        matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant)]
+        matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant, device)]
         if matching:
             candidates = matching
         elif one is failing[0]:
             return []
     if len(candidates) > 1:
         for one in [a for a in answered if a.result.state == "correct"][:4]:
-            matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant)]
+            matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant, device)]
             candidates = matching or candidates
     return [m.sentence for m in candidates]
 
@@ -415,9 +415,10 @@ def _public_rule(exercise: Exercise, reference: Reference, failing: list[_Answer
 
 
 def _slips_alike(
-    exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered, variant: Variant
+    exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered, variant: Variant, device: str
 ) -> bool:
     """Whether the mistake gives what the student gave; one that does a case right explains no failure on it."""
+    device = device if exercise.needs_triton else "cpu"  # a compiled kernel takes no tensors of the CPU's
     try:
         wrong = mistaken_answer(lab, exercise.name, mistake.name)
         request = make_request(
@@ -425,13 +426,13 @@ def _slips_alike(
             lab,
             one.case.inputs,
             seed=0,
-            device="cpu",
+            device=device,
             forbidden=(),
             seconds=min(2.0, exercise.seconds) if not exercise.needs_triton else exercise.seconds,
         )
         response = read_response(answer_case(request, wrong))
         inputs = dict(one.case.inputs)
-        judged = _judge_response(exercise, reference, one.case, inputs, response, variant, "cpu", 0.0, False)
+        judged = _judge_response(exercise, reference, one.case, inputs, response, variant, device, 0.0, False)
     except Exception:
         return False
     if judged[0] == "correct" and one.result.state == "incorrect":
