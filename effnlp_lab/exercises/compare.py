@@ -151,7 +151,7 @@ def _compare_tensors(got, want, plain, dtype, rough, path) -> Finding | None:
     if not floating:
         if torch.equal(got.cpu(), want.cpu()):
             return None
-        at = _position((got.cpu() != want.cpu()))
+        at = _position(got.cpu() != want.cpu())
         return Finding(f"{path} differs at {at}: {brief(got[at].item())}, and {brief(want[at].item())} is right")
     got64, want64 = got.detach().cpu().double(), want.detach().cpu().double()
     strange = torch.isnan(got64) & ~torch.isnan(want64)

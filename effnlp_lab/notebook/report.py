@@ -71,7 +71,8 @@ def _details(case: CaseResult) -> str:
     if not case.details:
         return ""
     items = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td><code>{html.escape(_brief(v))}</code></td></tr>"
+        f"<tr><td style='text-align:left'>{html.escape(str(k))}</td>"
+        f"<td style='text-align:left'><code>{html.escape(_brief(v))}</code></td></tr>"
         for k, v in case.details.items()
     )
     return f'<table style="margin:4px 0;text-align:left">{items}</table>'
