@@ -1,0 +1,286 @@
+"""Flash attention, compiled: random shapes of every form beside float64, determinism, memory, training, peers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import effnlp_lab.attention as room
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MASKS = (
+    {},
+    {"causal": True},
+    {"causal": True, "window": 33},
+    {"window": 100},
+    {"causal": True, "window": 50, "global_tokens": 7},
+    {"window": 40, "global_tokens": 70},
+)
+SHAPES_A_GROUP = 36
+HEAD_DIMS = (32, 64, 80, 128, 256)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that a kernel should have written, and did not, holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, dtype, grad=True):
+    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_(grad)
+
+
+def gradients(function, tensors, weight):
+    out = function(*tensors)
+    return out, *torch.autograd.grad((out.to(weight.dtype) * weight).sum(), tensors)
+
+
+def assert_close(ours, plain, exact, what, terms=1):
+    """Twice the error of plain PyTorch in the same dtype, the reference's rounding, and one eps of its range.
+
+    In float32 both sides are exact but for the order of their sums. cuBLAS splits long sums and often comes out with
+    less than one eps, and a key that is seen alone has gradients of exactly zero in plain PyTorch, which dO V^T - D
+    only reaches by cancelling: there the allowance is what a sum of `terms` numbers may be off by at random,
+    sqrt(terms) eps.
+    """
+    assert ours.dtype == plain.dtype and ours.shape == exact.shape and ours.isfinite().all(), what
+    if not exact.numel():
+        return
+    error, allowed = (ours.double() - exact).abs().max(), 2 * (plain.double() - exact).abs().max()
+    rounding = (exact.to(ours.dtype).double() - exact).abs().max()
+    sums = max(1.0, terms**0.5) if ours.dtype == torch.float32 else 1.0
+    allowed = allowed + rounding + sums * torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert error <= allowed, f"{what}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+def compare(ours, standard, tensors, what):
+    weight = torch.randn_like(tensors[0], dtype=torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    terms = sum(x.shape[2] if x.ndim == 4 else x.shape[0] for x in tensors[:2]) + tensors[0].shape[-1]
+    first, again = (gradients(ours, tensors, weight) for _ in range(2))
+    results = gradients(standard, tensors, weight), gradients(standard, exact, weight.double())
+    for name, a, b, plain, right in zip(("out", "dq", "dk", "dv"), first, again, *results, strict=True):
+        assert torch.equal(a, b), f"{what}: {name} differs from run to run"
+        assert_close(a, plain, right, f"{what} {name}", terms)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_shapes(dtype, head_dim):
+    """15 groups of 36 shapes: 540 in all. Of the six masks a group takes four, so that it compiles fewer kernels."""
+    group = list(DTYPES).index(dtype) + HEAD_DIMS.index(head_dim)
+    masks = [MASKS[(group + i) % len(MASKS)] for i in (0, 1, 3, 4)]
+    dice = random.Random(f"{dtype} {head_dim}")
+    torch.manual_seed(group)
+    for i in range(SHAPES_A_GROUP):
+        form = ("equal", "one query", "few queries", "more queries", "ragged", "ragged")[i % 6]
+        kwargs = masks[(i // 6) % (2 if form == "ragged" else 4)]
+        kv_heads, share = dice.choice([(1, 1), (2, 1), (1, 4), (2, 3)])
+        if form == "ragged":
+            _ragged(dice, kv_heads * share, kv_heads, head_dim, DTYPES[dtype], kwargs)
+        else:
+            _dense(form, dice, kv_heads * share, kv_heads, head_dim, DTYPES[dtype], kwargs)
+
+
+def _dense(form, dice, heads, kv_heads, head_dim, dtype, masks):
+    length_k = dice.choice([1, 17, 64, 128, 129, 200, 255, 256, 333, 511])
+    length_q = {
+        "equal": length_k,
+        "one query": 1,
+        "few queries": dice.randint(1, length_k),
+        "more queries": length_k + dice.randint(1, 90),
+    }[form]
+    batch = dice.choice([1, 2])
+    q = draw(batch, heads, length_q, head_dim, dtype=dtype)
+    if dice.random() < 0.5:  # as a model has it: heads inside, rows of all heads together
+        q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    k, v = (draw(batch, kv_heads, length_k, head_dim, dtype=dtype) for _ in range(2))
+    if length_k == 1 and not masks.get("causal"):
+        masks = masks | {"causal": True}  # one key: gradients of q and k are exactly zero, and plain PyTorch's are too
+    if length_k == 1:
+        _only_outputs(q, k, v, masks)
+        return
+    what = f"{form} {tuple(q.shape)} {tuple(k.shape)} {masks}"
+    compare(
+        lambda *x: room.flash_attention(*x, **masks), lambda *x: room.standard_attention(*x, **masks), (q, k, v), what
+    )
+
+
+def _only_outputs(q, k, v, masks):
+    ours, plain = room.flash_attention(q, k, v, **masks), room.standard_attention(q, k, v, **masks)
+    assert_close(ours, plain, room.standard_attention(*(x.double() for x in (q, k, v)), **masks), "one key")
+
+
+def _ragged(dice, heads, kv_heads, head_dim, dtype, masks):
+    lengths_k = [dice.choice([0, 1, 5, 64, 100, 128, 200]) for _ in range(5)] + [129]
+    lengths_q = [dice.choice([0, n, n, min(n, 3), n + 20]) for n in lengths_k[:-1]] + [129]
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], device="cuda") for n in (lengths_q, lengths_k))
+    q = draw(sum(lengths_q), heads, head_dim, dtype=dtype)
+    k, v = (draw(sum(lengths_k), kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    compare(
+        lambda *x: room.flash_attention_varlen(*x, cu_q, cu_k, **masks),
+        lambda *x: room.standard_attention_varlen(*x, cu_q, cu_k, **masks),
+        (q, k, v),
+        f"ragged {lengths_q} {lengths_k} {heads}/{kv_heads} {masks}",
+    )
+
+
+def test_other_sequences_and_rows_past_the_end_are_never_read():
+    """NaN in a neighbouring sequence, in unused memory after the tensors or in another head must not spread."""
+    x = torch.full((3, 300, 2, 64), float("nan"), device="cuda", dtype=torch.bfloat16)
+    x[:, 100:170] = torch.randn(3, 70, 2, 64, device="cuda").bfloat16()
+    q, k, v = (t[100:170].transpose(0, 1)[None].detach().requires_grad_() for t in x)
+    out = room.flash_attention(q, k, v, causal=True)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(t.isfinite().all() for t in (out, *grads))
+    edges = torch.tensor([0, 100, 170, 300])
+    packed = room.flash_attention_varlen(*x, edges, edges, causal=True)
+    assert torch.equal(packed[100:170].transpose(0, 1)[None], out)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = (draw(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(3))
+    q, k = (q * 300).detach().requires_grad_(), (k * 300).detach().requires_grad_()
+    out, *grads = gradients(lambda *x: room.flash_attention(*x, causal=True), (q, k, v), torch.ones_like(q))
+    exact = room.standard_attention(*(x.double() for x in (q, k, v)), causal=True)
+    plain = room.standard_attention(q, k, v, causal=True)
+    assert_close(out, plain, exact, "large scores")
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_equal_to_flash_attn_with_its_own_windows():
+    """flash-attn counts the neighbours: our window of 64 keys is its (63, 0)."""
+    flash_attn = pytest.importorskip("flash_attn")
+    q, k, v = (draw(2, n, 500, 128, dtype=torch.bfloat16, grad=False) for n in (8, 2, 2))
+    theirs = flash_attn.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, window_size=(63, 0))
+    torch.testing.assert_close(
+        room.flash_attention(q, k, v, causal=True, window=64), theirs.transpose(1, 2), rtol=0, atol=0.02
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_decoding(dtype, head_dim):
+    torch.manual_seed(head_dim)
+    for kv_heads, share, queries, capacity in ((8, 4, 1, 5000), (2, 8, 4, 700), (1, 1, 1, 65), (4, 1, 8, 3000)):
+        lengths = torch.tensor([capacity, capacity // 3 + queries, queries], device="cuda")
+        q = draw(3, kv_heads * share, queries, head_dim, dtype=DTYPES[dtype], grad=False)
+        k, v = (draw(3, kv_heads, capacity, head_dim, dtype=DTYPES[dtype], grad=False) for _ in range(2))
+        for i, n in enumerate(lengths.tolist()):  # rows past a sequence's length are not to be read
+            k[i, :, n:], v[i, :, n:] = float("nan"), float("nan")
+        for window in (None, 200):
+            ours = room.flash_decode(q, k, v, lengths, window=window)
+            assert torch.equal(ours, room.flash_decode(q, k, v, lengths, window=window))
+            for i, n in enumerate(lengths.tolist()):
+                one = [x[i : i + 1] for x in (q, k[:, :, :n], v[:, :, :n])]
+                plain = room.standard_attention(*one, causal=True, window=window)
+                exact = room.standard_attention(*(x.double() for x in one), causal=True, window=window)
+                assert_close(ours[i : i + 1], plain, exact, f"decode {capacity} {n} {window}", terms=n)
+
+
+def test_memory_is_linear_in_the_length():
+    def peak(length):
+        q, k, v = (draw(1, 2, length, 64, dtype=torch.bfloat16) for _ in range(3))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        room.flash_attention(q, k, v, causal=True).backward(torch.ones_like(q))
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1024)
+    sizes = {n: peak(n) for n in (32 << 10, 64 << 10, 128 << 10)}
+    assert sizes[128 << 10] < 2.1 * sizes[64 << 10] < 4.4 * sizes[32 << 10]
+    assert sizes[128 << 10] < 12 * (
+        2 * (128 << 10) * 64 * 2
+    )  # a dozen tensors like q; one head's scores would be 34 GB
+
+
+@pytest.mark.parametrize("autocast,slack", ((False, 0.02), (True, 0.05)))
+def test_a_llama_trains_to_the_same_loss(autocast, slack):
+    """On the bytes of Python's library our curve differs from SDPA's hardly more than those of SDPA's own backends."""
+    transformers = pytest.importorskip("transformers")
+    name = room.register_with_transformers()
+    text = torch.frombuffer(bytearray(library_text()), dtype=torch.uint8).long()
+    backends = torch.nn.attention.SDPBackend
+    curves = {}
+    for run, backend in (("fused", backends.EFFICIENT_ATTENTION), ("math", backends.MATH), (name, backends.MATH)):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, attn_implementation=name if run == name else "sdpa",
+        )  # fmt: skip
+        net = transformers.LlamaForCausalLM(config).to("cuda")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(1)
+        losses = []
+        for _ in range(200):
+            starts = torch.randint(0, len(text) - 256, (16, 1), generator=generator)
+            ids = text[starts + torch.arange(256)].cuda()
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.nn.attention.sdpa_kernel(backend):
+                loss = net(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        curves[run] = torch.stack(losses).float().unfold(0, 20, 20).mean(1).cpu()
+    own = (curves["fused"] - curves["math"]).abs().max()
+    ours = (curves["math"] - curves[name]).abs().max()
+    assert curves[name][-1] < curves[name][0] - 0.5, curves
+    assert ours <= 2 * own + slack, (ours, own, curves)
+
+
+def library_text():
+    import argparse
+    import inspect
+    import typing
+
+    return "".join(inspect.getsource(module) for module in (argparse, inspect, typing, random)).encode()
+
+
+def test_a_llama_generates_the_same_text():
+    transformers = pytest.importorskip("transformers")
+    name = room.register_with_transformers()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="sdpa", pad_token_id=0, eos_token_id=255,
+    )  # fmt: skip
+    net = transformers.LlamaForCausalLM(config).cuda().eval()
+    ids = torch.randint(1, 255, (3, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :25] = 0
+    texts = {}
+    for implementation in ("sdpa", name):
+        net.set_attn_implementation(implementation)
+        texts[implementation] = net.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    assert torch.equal(texts["sdpa"], texts[name])
+
+
+def test_patterns_and_twins_on_the_gpu():
+    q, k, v = (draw(2, n, 300, 64, dtype=torch.float32) for n in (4, 2, 2))
+    exact = [x.detach().double() for x in (q, k, v)]
+    dilated = {"window": 9, "dilation": 4, "causal": True}
+    ours = room.dilated_window_attention(q, k, v, **dilated)
+    torch.testing.assert_close(ours.double(), room.standard_attention(*exact, **dilated), rtol=1e-4, atol=1e-5)
+    out, lse = room.tiled_forward(q, k, v, causal=True)
+    flash, flash_lse = room.flash_attention(q, k, v, causal=True, return_lse=True)
+    torch.testing.assert_close(flash, out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flash_lse, lse, rtol=1e-4, atol=1e-5)
+
+
+def test_beside_torchs_own_attention_at_full_size():
+    q, k, v = (draw(2, 16, 4096, 128, dtype=torch.bfloat16) for _ in range(3))
+    weight = torch.randn_like(q)
+    ours = gradients(lambda *x: room.flash_attention(*x, causal=True), (q, k, v), weight)
+    theirs = gradients(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), (q, k, v), weight)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).float().norm() / b.float().norm() < 0.01
