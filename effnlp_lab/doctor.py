@@ -188,9 +188,9 @@ def _flash_attention(on_gpu: bool) -> Finding:
     if version is not None:
         return Finding("flash-attn", "ok", version)
     if not on_gpu:
-        return Finding("flash-attn", "not needed here", "needs a GPU; a peer that lab 06 compares with")
+        return Finding("flash-attn", "not needed here", "needs a GPU; a peer in attention benchmarks")
     remedy = "pip install --no-build-isolation flash-attn"
-    return Finding("flash-attn", "missing", "not installed; lab 06 compares with SDPA alone", remedy)
+    return Finding("flash-attn", "missing", "not installed; attention benchmarks compare with SDPA alone", remedy)
 
 
 def _nbgrader() -> Finding:
