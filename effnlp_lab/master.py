@@ -280,23 +280,23 @@ def bound_names(tree: ast.AST) -> set[str]:
     return names
 
 
+INNER_SCOPES = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Lambda,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
+
+
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
     """Nodes that run when the cell runs: not the bodies of functions, classes, lambdas or comprehensions."""
     for node in ast.iter_child_nodes(tree):
         yield node
-        if not isinstance(
-            node,
-            (
-                ast.FunctionDef,
-                ast.AsyncFunctionDef,
-                ast.ClassDef,
-                ast.Lambda,
-                ast.ListComp,
-                ast.SetComp,
-                ast.DictComp,
-                ast.GeneratorExp,
-            ),
-        ):
+        if not isinstance(node, INNER_SCOPES):
             yield from _top_level(node)
 
 

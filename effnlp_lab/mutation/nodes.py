@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from effnlp_lab.master import INNER_SCOPES
 from effnlp_lab.mutation.tables import SILENT, WORDS
 
 Parents = dict[ast.AST, ast.AST]
@@ -182,18 +183,6 @@ def stays_defined(node: ast.Assign | ast.AnnAssign, parents: Parents) -> bool:
 def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
     """Nodes of a function's own scope: not those of functions, lambdas and comprehensions inside it."""
     for node in ast.iter_child_nodes(function):
-        if not isinstance(
-            node,
-            (
-                ast.FunctionDef,
-                ast.AsyncFunctionDef,
-                ast.ClassDef,
-                ast.Lambda,
-                ast.ListComp,
-                ast.SetComp,
-                ast.DictComp,
-                ast.GeneratorExp,
-            ),
-        ):
+        if not isinstance(node, INNER_SCOPES):
             yield node
             yield from _own_nodes(node)
