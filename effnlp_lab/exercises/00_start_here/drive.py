@@ -64,6 +64,10 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.largest, self.name = 0, ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler at the first operation: seconds, inside a time limit
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
