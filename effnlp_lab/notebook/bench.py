@@ -32,6 +32,7 @@ PACKAGES = (
     "flash_attn", "liger_kernel", "scipy",
 )
 FOLDER = "benchmarks"
+QUEUED_NOTE = "The GPU's time alone: the host starts each run while the GPU is still busy with something else."
 
 
 @dataclass
@@ -131,12 +132,14 @@ def compare(
     device: Device,
     limit: float | None = None,
     missing: Mapping[str, str] | None = None,
+    queued: bool = False,
 ) -> Comparison:
     """Run every contestant `warmup` times, then `repeats` rounds of one run each, in turns.
 
     unit: "s", or a rate ("MB/s", "TFLOP/s", ...) for which `work` is the bytes or operations of one run. Times are CUDA
-    events on a GPU (the host's time included, as a caller waits for it when a kernel is short), else the clock. Raises
-    UsageError for an unknown unit, a rate without work, and an unknown contestant.
+    events on a GPU, else the clock. On a GPU the host's part is included, as a caller waits for it when a kernel is
+    short; `queued` leaves it out for all alike (see `timed`), and a note says so. Raises UsageError for an unknown
+    unit, a rate without work, and an unknown contestant.
     """
     missing = dict(missing or {})
     if unit not in UNITS:
@@ -154,16 +157,21 @@ def compare(
     for round_number in range(warmup + repeats):
         for name, contestant in contestants.items():
             before = time.process_time()
-            elapsed = timed(contestant, device)
+            elapsed = timed(contestant, device, queued=queued)
             if round_number >= warmup:
                 seconds[name].append(elapsed)
                 if cpu_seconds:
                     cpu_seconds[name].append(time.process_time() - before)
-    return Comparison(title, seconds, ours, peer, unit, work, limit, missing, cpu_seconds=cpu_seconds)
+    notes = [QUEUED_NOTE] if queued and device.kind == "cuda" else []
+    return Comparison(title, seconds, ours, peer, unit, work, limit, missing, notes=notes, cpu_seconds=cpu_seconds)
 
 
-def timed(work: Callable[[], Any], device: Device) -> float:
-    """Seconds of one run: between CUDA events on a GPU, by the clock elsewhere."""
+def timed(work: Callable[[], Any], device: Device, *, queued: bool = False) -> float:
+    """Seconds of one run: between CUDA events on a GPU, by the clock elsewhere.
+
+    With `queued` the GPU is kept busy for about a millisecond before the first event, while the host starts the work:
+    what is timed is then the GPU alone, as in a program that keeps it fed. Work that waits for the GPU must not use it.
+    """
     if device.kind != "cuda":
         start = time.perf_counter()
         work()
@@ -172,6 +180,8 @@ def timed(work: Callable[[], Any], device: Device) -> float:
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(2_000_000)  # clock cycles
     begin.record()
     work()
     end.record()

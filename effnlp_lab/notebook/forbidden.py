@@ -123,15 +123,17 @@ class _OperationNet(TorchDispatchMode):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
+        self.known: dict[Callable, str | None] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True would import torch's compiler at the first operation: seconds, inside a time limit
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for forbidden in self.watch.operations:
-            if str(func).startswith(forbidden):
-                self.watch.caught(forbidden)
+        if func not in self.known:  # an answer runs the same few operations thousands of times
+            self.known[func] = next((f for f in self.watch.operations if str(func).startswith(f)), None)
+        if self.known[func]:
+            self.watch.caught(self.known[func])
         return func(*args, **(kwargs or {}))
 
 

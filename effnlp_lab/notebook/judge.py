@@ -11,11 +11,13 @@ import contextlib
 import linecache
 import platform
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_map
 
 from effnlp_lab import exercises
 from effnlp_lab.exercises.compare import brief, kind_of
@@ -292,8 +294,14 @@ def _judge_response(
             ),
             {},
         )
-    expected = reference.expected(inputs, variant)
-    found = reference.verify(inputs, response["outputs"], expected, variant)
+    outputs = response["outputs"]
+    if case.device == "cuda" == device:  # real sizes, in float64 too: the reference computes them on the card
+        inputs, outputs = on_device(inputs, device), on_device(outputs, device)
+    over = None
+    with _where(device if case.device == "cuda" else "cpu"):
+        found = reference.verify(inputs, outputs, reference.expected(inputs, variant), variant)
+        if metered and not found:
+            over = _judge_budget(reference, case, inputs, variant, observed.get("usage") or {})
     if found:
         return "incorrect", _sentence(found.sentence), dict(found.details)
     aliases = observed.get("aliases", [])
@@ -306,9 +314,20 @@ def _judge_response(
             ),
             {},
         )
-    if metered:
-        return _judge_budget(reference, case, inputs, variant, observed.get("usage") or {})
-    return "correct", "", {}
+    return over or ("correct", "", {})
+
+
+@contextlib.contextmanager
+def _where(device: str) -> Iterator[None]:
+    """Put what the reference makes on `device`; autograd's thread is not to remark on its first product there."""
+    with torch.device(device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")
+        yield
+
+
+def on_device(values: Any, device: str) -> Any:
+    """The same values with every tensor on `device`."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
 
 
 _METERED = {
@@ -321,7 +340,8 @@ _METERED = {
 
 def _judge_budget(
     reference: Reference, case: Case, inputs: dict, variant: Variant, usage: Mapping[str, int]
-) -> tuple[State, str, dict]:
+) -> tuple[State, str, dict] | None:
+    """None where the answer stays within the case's budget."""
     _, allowed = measure(reference.frugal, inputs, variant)
     for name, multiple in case.budget.items():
         limit, used = multiple * getattr(allowed, name), usage.get(name, 0)
@@ -334,7 +354,7 @@ def _judge_budget(
                 ),
                 {},
             )
-    return "correct", "", {}
+    return None
 
 
 def _notes(observed: Mapping[str, Any]) -> list[str]:

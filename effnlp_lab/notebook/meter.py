@@ -81,11 +81,11 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        inputs = _tensors((*args, *kwargs.values()))
         for tensor in inputs:
             self._open(tensor, count=False)  # was live before the meter saw it
         out = func(*args, **kwargs)
-        outputs = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        outputs = _tensors((out,))
         for tensor in outputs:
             self._open(tensor, count=True)
         if not getattr(func, "is_view", False):
@@ -121,6 +121,17 @@ def measure(function, *args, **kwargs) -> tuple[Any, Usage]:
     with Meter() as meter:
         result = function(*args, **kwargs)
     return result, meter.usage
+
+
+def _tensors(values: tuple) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments or results, in lists of them too."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += [t for t in tree_iter(value) if isinstance(t, torch.Tensor)]
+    return found
 
 
 def _visible_bytes(tensor: torch.Tensor) -> int:
