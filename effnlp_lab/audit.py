@@ -7,21 +7,30 @@ it in this process, or split in two with only the wire between.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice, product
 from pathlib import Path
+from unittest import mock
 
 from effnlp_lab import exercises
 from effnlp_lab.build import ROOT
 from effnlp_lab.device import resolve
-from effnlp_lab.errors import EffnlpError
+from effnlp_lab.errors import EffnlpError, UsageError
 from effnlp_lab.exercises.spec import Exercise, Variant
 from effnlp_lab.master import read_master, solution_source
 from effnlp_lab.notebook.driver import answer_case
 from effnlp_lab.notebook.judge import Ask, Verdict, answer_from_source, judge
 from effnlp_lab.notebook.split import SplitDriver
+
+SEEDS_A_TASK = 50  # what a process tries at a time
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Trial:
     right: bool = True
     sentence: str | None = None
     variant: Variant | None = None
+    seen_on: str = "any"
 
 
 def trials(lab: str, root: Path = ROOT) -> Iterator[Trial]:
@@ -66,6 +76,7 @@ def trials(lab: str, root: Path = ROOT) -> Iterator[Trial]:
                 texts[exercise.name]["mistakes"][mistake.name],
                 right=False,
                 sentence=mistake.sentence,
+                seen_on=mistake.seen_on,
             )
         for number, source in enumerate(answers.get(exercise.name, ()), 1):
             yield Trial(exercise, f"answer {number}", source)
@@ -86,6 +97,8 @@ def independent_answers(lab: str, root: Path = ROOT) -> tuple[dict[str, Sequence
 
 def try_answer(trial: Trial, lab: str, seed: int, ask: Ask, device: str = "cpu") -> Fault | None:
     """Judge one answer on one seed; a Fault when the check says something else than it should."""
+    if trial.seen_on not in ("any", device):
+        return None
     verdict = judge(trial.exercise, lab, ask, seed=seed, variant=trial.variant, device=device)
     wrong = _complaint(trial, verdict)
     return Fault(trial.exercise.name, trial.name, seed, wrong) if wrong else None
@@ -113,29 +126,76 @@ def audit(
     device: str = "cpu",
     only: str | None = None,
     right: bool = False,
+    jobs: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Fault]:
-    """Try everything of a lab (with `right`, right answers alone) on every seed. Returns each answer's first fault."""
+    """Try everything of a lab (with `right`, right answers alone) on every seed, in `jobs` processes.
+
+    Returns each answer's first fault. `progress` gets one line an answer.
+    """
     name = exercises.lab(lab).name
-    faults = []
+    chosen = [
+        index
+        for index, trial in enumerate(trials(name))
+        if only in (None, trial.exercise.name) and (trial.right or not right)
+    ]
+    if not chosen:
+        return []
+    size = len(seeds) if jobs == 1 else max(1, min(SEEDS_A_TASK, -(-len(seeds) // jobs)))
+    pieces = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    faults, listed = [], list(trials(name))
     with ExitStack() as stack:
-        driver = stack.enter_context(SplitDriver()) if split else None
-        for trial in trials(name):
-            if only not in (None, trial.exercise.name) or (right and not trial.right):
-                continue
-            if driver:
-                driver.load(name, trial.exercise.name, trial.source)
-                ask = driver.ask
-            else:
-                answer = answer_from_source(name, trial.exercise.name, trial.source)
-
-                def ask(request, answer=answer):
-                    return answer_case(request, answer)
-
-            fault = next(filter(None, (try_answer(trial, name, seed, ask, device) for seed in seeds)), None)
-            progress(f"{trial.exercise.name}: {trial.name}: {fault or f'as it should be on {len(seeds)} seeds'}")
+        run = map if jobs == 1 else stack.enter_context(_processes(jobs)).map
+        found = run(partial(_try_seeds, name, split, device), *zip(*product(chosen, pieces), strict=True))
+        for index, results in zip(chosen, batched(found, len(pieces)), strict=True):
+            fault = next(filter(None, results), None)
+            said = fault or f"as it should be on {len(seeds)} seeds"
+            progress(f"{listed[index].exercise.name}: {listed[index].name}: {said}")
             faults += [fault] if fault else []
     return faults
+
+
+def _try_seeds(lab: str, split: bool, device: str, index: int, seeds: Sequence[int]) -> Fault | None:
+    """The first fault of one answer of a lab on some seeds."""
+    trial = _listed(lab)[index]
+    if split:
+        driver = _split_driver()
+        driver.load(lab, trial.exercise.name, trial.source)
+        ask = driver.ask
+    else:
+        answer = answer_from_source(lab, trial.exercise.name, trial.source)
+
+        def ask(request):
+            return answer_case(request, answer)
+
+    return next(filter(None, (try_answer(trial, lab, seed, ask, device) for seed in seeds)), None)
+
+
+@cache
+def _listed(lab: str) -> list[Trial]:
+    return list(trials(lab))
+
+
+@cache
+def _split_driver() -> SplitDriver:
+    driver = SplitDriver()
+    atexit.register(driver.__exit__)
+    return driver
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that start afresh, each on one core."""
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items each (itertools.batched comes with Python 3.12)."""
+    items = iter(items)
+    while piece := list(islice(items, size)):
+        yield piece
 
 
 def main(
@@ -145,11 +205,17 @@ def main(
     device: str = "cpu",
     exercise: str | None = None,
     right: bool = False,
+    jobs: int = 1,
 ) -> int:
     """Audit the named labs (all by default), with progress. Exit code 1 when a check has a fault."""
     kind, faults = resolve(device).kind, []
-    for lab in labs or exercises.lab_names():
-        faults += audit(lab, range(seeds), split, kind, exercise, right, progress=lambda text: print(text, flush=True))
+    names = labs or exercises.lab_names()
+    if exercise and not any(exercise in [e.name for e in exercises.lab(lab).exercises] for lab in names):
+        raise UsageError(f"There is no exercise {exercise!r} in {', '.join(names)}.")
+    for lab in names:
+        faults += audit(
+            lab, range(seeds), split, kind, exercise, right, jobs, progress=lambda text: print(text, flush=True)
+        )
     print(f"audit: {len(faults)} faults")
     for fault in faults:
         print(f"  {fault}")

@@ -85,10 +85,11 @@ def audit(
     split: Annotated[bool, typer.Option("--split", help="Run answers in a process of their own.")] = False,
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
     right: Annotated[bool, typer.Option("--right", help="Only the right answers.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
     device: OnDevice = "auto",
 ) -> None:
     """Hold the checks against right answers, blanks and known mistakes."""
-    _finish(_load("effnlp_lab.audit").main(match_labs(labs or ()), seeds, split, device, exercise, right))
+    _finish(_load("effnlp_lab.audit").main(match_labs(labs or ()), seeds, split, device, exercise, right, jobs))
 
 
 @app.command()
@@ -109,6 +110,22 @@ def bench(
 ) -> None:
     """Time the reference implementations beside the libraries one would otherwise use."""
     _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device))
+
+
+@app.command("train-course-models")
+def train_course_models(
+    device: OnDevice = "auto",
+    folder: Annotated[Path, typer.Option(help="Where to work, and to go on.")] = Path("build/course-models"),
+    size: Annotated[str, typer.Option(help="full (ten minutes on an H100) or tiny (a trial on any CPU).")] = "full",
+    seconds: Annotated[float | None, typer.Option(help="Of training in all; in a sweep, of each candidate.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Try settings for a short time each: base or draft.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Such as base.learning_rate=0.003.")] = None,
+) -> None:
+    """Train the models that every lab shares, from Python source on this machine.
+
+    May be stopped at any moment: the same command goes on from there.
+    """
+    _finish(_load("effnlp_lab.course.recipe").main(device, folder, size, seconds, sweep, settings or ()))
 
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})

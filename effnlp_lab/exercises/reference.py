@@ -37,12 +37,15 @@ class Edit:
 class Mistake:
     """A wrong answer that students really give, and the sentence to show.
 
-    `change` is one or more edits of the solution, or the whole text of a wrong cell.
+    `change` is one or more edits of the solution, or the whole text of a wrong cell. `seen_on` "cpu" says that only
+    Triton's interpreter is sure to show it: a wild read whose value is masked away leaves no trace on a card, and a
+    race ends differently there every time.
     """
 
     name: str
     sentence: str
     change: Edit | tuple[Edit, ...] | str
+    seen_on: Literal["any", "cpu"] = "any"
 
 
 def edit(old: str, new: str) -> Edit:

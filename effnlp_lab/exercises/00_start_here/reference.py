@@ -379,7 +379,10 @@ class Kernel(Reference):
         }
 
     def same_slip(self, outputs, wrong):
-        """Wild reads are seen in the interpreter alone, where the known mistakes run: they count for nothing here."""
+        """Wild reads are seen in the interpreter alone, and count for nothing here. Programs that write past their
+        edges overwrite their neighbours' numbers, on a card in any order: then only how much they wrote is compared."""
+        if outputs["outside"] and outputs["outside"] == wrong["outside"]:
+            return True
         return super().same_slip({**outputs, "read outside": 0}, {**wrong, "read outside": 0})
 
     def verify(self, inputs, outputs, expected, variant):
@@ -459,6 +462,7 @@ class AddVectors(Kernel):
                 edit("x_ptr + offsets, mask=inside", "x_ptr + offsets"),
                 edit("y_ptr + offsets, mask=inside", "y_ptr + offsets"),
             ),
+            seen_on="cpu",
         ),
         Mistake(
             "programs rounded down",
@@ -657,7 +661,13 @@ class TiledMatmul(Kernel):
         return inputs["a"].double() @ inputs["b"].double()
 
     def own(self, inputs):
-        return inputs["a"] @ inputs["b"]
+        """The worse of two plain ways: the library splits long sums, a kernel adds one product after the other."""
+        a, b = inputs["a"], inputs["b"]
+        in_turn = torch.zeros(a.shape[0], b.shape[1])
+        for column, row in zip(a.float().T, b.float(), strict=True):
+            in_turn.addr_(column, row)
+        right = self.right(inputs)
+        return max(a @ b, in_turn.to(a.dtype), key=lambda x: (x.double() - right).abs().max())
 
     _STORE = "        total,\n        mask=(rows[:, None] < m) & (columns[None, :] < n),\n"
 
