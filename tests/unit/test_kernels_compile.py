@@ -1,4 +1,4 @@
-"""Every attention kernel compiles for every architecture of the table, and fits the card's shared memory.
+"""Every kernel compiles for every architecture of the table, and fits the card's shared memory.
 
 Triton compiles for a card that is not here. That needs Triton outside its interpreter, so each architecture compiles in
 a process of its own, which this file is also the program of: `python test_kernels_compile.py 90`.
@@ -16,6 +16,7 @@ import pytest
 
 HEAD_DIMS = (32, 64, 128, 256)
 KERNELS = ("forward", "row_statistics", "dkdv", "dq", "decode", "merge")
+ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has Linux wheels only")
@@ -27,7 +28,10 @@ def wanted(arch: int) -> set[tuple[str, str, int]]:
     sizes = {(half, dim) for dim in HEAD_DIMS} | {("fp16", 128)}
     if arch != 86:  # the same instructions as sm_80, and the same float32 tiles: only half precision has its own
         sizes |= {("fp32", dim) for dim in HEAD_DIMS if arch > 75 or dim <= 128}
-    return {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes}
+    optimizer = {("adamw8bit", half, 0), ("adamw8bit", "fp32", 0), ("adamw8bit masked", half, 0)}
+    if arch == 86:
+        optimizer = set()
+    return {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes} | optimizer
 
 
 @pytest.mark.parametrize("arch", (75, 80, 86, 90))
@@ -94,6 +98,8 @@ def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flag
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if kernel in ADAMW8BIT:
+        return compile_adamw8bit(arch, dtype, kernel.endswith("masked"))
     function, tile = find(arch, kernel, dtype, head_dim, tile)
     constants = {
         "HEAD_DIM": head_dim,
@@ -121,6 +127,25 @@ def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flag
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_adamw8bit(arch: int, dtype: str, masked: bool):
+    """As a step launches it: every pointer aligned, the card's own square root."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from effnlp_lab.training import kernel_adamw8bit as room
+
+    constants = {"ROWS": room.ROWS, "MASKED": masked, "APPROXIMATE": True}
+    types = {"P": f"*{dtype}", "G": f"*{dtype}", "table": "*i64", "work": "*i32"}
+    types |= {"map_signed": "*fp32", "map_unsigned": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    names = room.adamw8bit_kernel.arg_names
+    signature = {name: types.get(name, "fp32") for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(room.adamw8bit_kernel, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": room.WARPS})
 
 
 def find(arch: int, kernel: str, dtype: str, head_dim: int, tile):
