@@ -1,0 +1,125 @@
+"""Lab 02: streaming datasets."""
+
+from effnlp_lab.exercises.spec import Exercise, Lab
+
+LIBRARIES = ("datasets", "transformers", "torch.utils.data", "effnlp_lab.streaming")
+
+LAB = Lab(
+    name="02_streaming_datasets",
+    title="Streaming datasets",
+    hours=4.5,
+    room="streaming",
+    summary="Token shards on disk, split, shuffled, resumed, padded and packed: what stands between a disk and a GPU.",
+    prerequisites="Python: lists, generators and classes; PyTorch tensors",
+    exercises=(
+        Exercise(
+            "write_shards",
+            points=1.5,
+            minutes=40,
+            difficulty=2,
+            title="Write shards",
+            signature="(documents: Iterable[list[int]], folder: Path, shard_tokens: int) -> list[list[int]]",
+            parts={"shards": 0.7, "stream": 0.3},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+        ),
+        Exercise(
+            "read_document",
+            points=1.0,
+            minutes=25,
+            difficulty=2,
+            title="Read one document, and nothing else",
+            signature="(folder: Path, index: list[list[int]], number: int) -> Int[Tensor, 'tokens']",
+            parts={"documents": 0.7, "lazy": 0.3},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+        ),
+        Exercise(
+            "worker_batches",
+            points=2.0,
+            minutes=40,
+            difficulty=3,
+            title="Split among ranks and workers",
+            signature="(count: int, global_batch: int, seed: int, epoch: int, rank: int, ranks: int, worker: int, "
+            "workers: int) -> list[list[int]]",
+            parts={"even": 0.6, "remainders": 0.4},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+            variants={"remainder": ("first", "last")},
+            variant_text={
+                "first": "Your remainder rule: when a batch does not divide, the FIRST ranks get one sample more.",
+                "last": "Your remainder rule: when a batch does not divide, the LAST ranks get one sample more.",
+            },
+        ),
+        Exercise(
+            "shuffle_buffer",
+            points=1.5,
+            minutes=30,
+            difficulty=2,
+            title="Shuffle with a buffer",
+            signature="(stream: Iterable[T], size: int, uniforms: Iterator[float]) -> Iterator[T]",
+            parts={"order": 0.7, "lazy": 0.3},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+            variants={"drain": ("shift", "swap")},
+            variant_text={
+                "shift": "Your drain rule: when the buffer empties at the end, the items behind the delivered one "
+                "SHIFT up by one place.",
+                "swap": "Your drain rule: when the buffer empties at the end, the LAST item of the buffer moves to "
+                "the delivered one's place.",
+            },
+        ),
+        Exercise(
+            "ResumableStream",
+            points=2.5,
+            minutes=60,
+            difficulty=4,
+            title="Resume in the middle of an epoch",
+            signature="(fetch: Callable[[int], T], count: int, seed: int, rank: int, ranks: int, prefetch: int)",
+            parts={"stream": 0.3, "resume": 0.4, "elastic": 0.3},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+        ),
+        Exercise(
+            "padded_batches",
+            points=1.5,
+            minutes=45,
+            difficulty=3,
+            title="Pad to the batch, and batch by length",
+            signature="(samples: list[list[int]], batch_size: int, window: int, pad_id: int) "
+            "-> list[dict[str, Int[Tensor, 'rows longest']]]",
+            parts={"padding": 0.6, "lengths": 0.4},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+            variants={"order": ("shortest", "longest")},
+            variant_text={
+                "shortest": "Your order rule: inside a window the SHORTEST samples come first.",
+                "longest": "Your order rule: inside a window the LONGEST samples come first.",
+            },
+        ),
+        Exercise(
+            "pack_documents",
+            points=0.0,
+            minutes=45,
+            difficulty=3,
+            title="Pack without attending across documents",
+            kind="stretch",
+            signature="(documents: list[list[int]], length: int) -> list[dict[str, Tensor]]",
+            parts={"rows": 0.5, "boundaries": 0.5},
+            seconds=5.0,
+            forbidden=LIBRARIES,
+        ),
+        Exercise(
+            "prefetch",
+            points=0.0,
+            minutes=40,
+            difficulty=4,
+            title="Overlap loading with compute",
+            kind="stretch",
+            signature="(source: Iterable[T], depth: int) -> Iterator[T]",
+            parts={"order": 0.5, "ahead": 0.5},
+            seconds=10.0,
+            forbidden=LIBRARIES,
+        ),
+    ),
+)
