@@ -280,14 +280,14 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     spread = ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]
     if kind == "cpu":
         return _pytest([*command, *spread, *arguments], root, environment)
-    together = _pytest([*command, *spread, "-m", "not timing", *arguments], root, environment)
-    alone = _pytest([*command, "-m", "timing", *arguments], root, environment)
+    together = _pytest([*command, *spread, "-m", "not alone", *arguments], root, environment)
+    alone = _pytest([*command, "-m", "alone", *arguments], root, environment)
     return max(together, alone)
 
 
 def _pytest(command: Sequence[str], root: Path, environment: dict[str, str]) -> int:
     code = subprocess.call(command, cwd=root, env=environment)
-    return code if code in (0, 1) else 0 if code == 5 and "timing" in command else 2  # 5: nothing to time
+    return code if code in (0, 1) else 0 if code == 5 and "alone" in command else 2  # 5: no such test
 
 
 # One notebook in its own process

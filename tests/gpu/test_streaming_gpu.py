@@ -80,6 +80,7 @@ def test_kernels_that_run_late_read_their_own_batch(side_stream, depth):
     assert not wrong_sums(sums(12, side_stream, depth), 12)
 
 
+@pytest.mark.alone
 def test_without_record_stream_they_would_not(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     torch.cuda.empty_cache()
@@ -98,13 +99,14 @@ def test_kernels_wait_for_copies_that_come_late(slow_copies):
     assert not wrong_sums(late_totals(8), 8)
 
 
+@pytest.mark.alone
 def test_without_the_event_they_would_not(slow_copies, monkeypatch):
     monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda self, event: None)
     torch.cuda.empty_cache()
     assert wrong_sums(late_totals(8), 8), "the test above cannot see a race any more"
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_copies_run_beside_kernels():
     large = [torch.full((1 << 25,), n).pin_memory() for n in range(10)]  # 256 MiB: some 5 ms on PCIe 5
     kernel = 2 * DELAY

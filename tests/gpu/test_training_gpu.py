@@ -177,6 +177,7 @@ def test_a_saved_state_goes_on_exactly():
 # The memory model.
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("rung", ["vanilla", "+ accumulation", "+ checkpointing", "+ bf16 autocast", "+ 8-bit AdamW"])
 def test_memory_of_opt_1_3b_is_within_a_tenth(rung):
     """With fused AdamW down the ladder. The card needs 48 GB."""
@@ -208,6 +209,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", OTHERS)
 def test_memory_of_a_llama_is_within_a_tenth(name):
     bench = benchmark()
