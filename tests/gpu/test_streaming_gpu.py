@@ -178,7 +178,8 @@ def test_a_loader_with_workers_continues_exactly_on_the_gpu(tmp_path):
     ids = np.random.default_rng(0).integers(0, 60_000, 100_000)
     shards = room.write_shards(tmp_path / "s", np.split(ids, 50), 60_000, shard_tokens=30_000)
     windows = room.Windows(shards, 128, overlap=1)
-    expected = [batch for _ in range(2) for batch in room.StreamLoader(windows, 8, seed=3)]
+    undisturbed = room.StreamLoader(windows, 8, seed=3)
+    expected = [batch for _ in range(2) for batch in undisturbed]
     with room.StreamLoader(windows, 8, seed=3, num_workers=2, prefetch_factor=4) as loader:
         prefetcher = room.Prefetcher(loader, "cuda", depth=4)
         seen = list(itertools.islice(prefetcher, 20))

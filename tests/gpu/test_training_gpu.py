@@ -42,9 +42,18 @@ def give_gradients(parameters, seed, spread=2.0):
         parameter.grad = (noise[0] * torch.exp(spread * noise[1]) * 1e-3).to(parameter.dtype)
 
 
-def assert_same_codes(ours, theirs, what):
-    apart = (ours.short() - theirs.short()).abs()
-    assert apart.max() <= 1 and apart.count_nonzero() <= 1e-3 * apart.numel() + 2, f"{what}: {apart.max()}"
+def assert_same_codes(ours, theirs, values, signed, what):
+    """Equal codes, but where a value lies as near to one as to the other: the two divide by the maximum differently.
+
+    values: what is encoded, float64; each block of 256 divided by its largest.
+    """
+    blocks = nn.functional.pad(values, (0, -len(values) % 256)).unflatten(0, (-1, 256))
+    scaled = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()[: len(values)]
+    levels = dynamic_map(signed, values.device).double()
+    off = [(levels[codes.long()] - scaled).abs() for codes in (ours, theirs)]
+    tie = (off[0] - off[1]).abs() <= 1e-6 * scaled.abs()
+    assert ((ours == theirs) | tie).all(), f"{what}: {((ours != theirs) & ~tie).sum()} codes differ"
+    assert (ours != theirs).double().mean() < 0.01, what
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -118,8 +127,9 @@ def test_codes_are_those_of_bitsandbytes(dtype):
     mine.step(), other.step()
     for p, q in zip(ours, theirs, strict=True):
         state, their_state = mine.state[p], other.state[q]
-        assert_same_codes(state["exp_avg"], their_state["state1"], "first moment")
-        assert_same_codes(state["exp_avg_sq"], their_state["state2"], "second moment")
+        gradient = q.grad.double()
+        assert_same_codes(state["exp_avg"], their_state["state1"], 0.1 * gradient, True, "first moment")
+        assert_same_codes(state["exp_avg_sq"], their_state["state2"], 0.001 * gradient**2, False, "second moment")
         torch.testing.assert_close(state["absmax"], their_state["absmax1"], rtol=1e-4, atol=0)
         torch.testing.assert_close(state["absmax_sq"], their_state["absmax2"], rtol=1e-4, atol=0)
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(p.dtype).eps, atol=1e-5)
@@ -277,8 +287,8 @@ def test_what_stays_in_float32(dtype):
     assert {name for name, full in found.items() if full} == kept
 
 
-def make_trainer(folder, steps, **options):
-    model = small_opt()
+def make_trainer(folder, steps, model=None, **options):
+    model = model or small_opt()
     batches = [{"input_ids": torch.randint(5, 500, (4, 64), device="cuda")} for _ in range(5)]
     optimizer = training.AdamW8bit(model.parameters(), lr=1e-3)
     options = {"accumulation": 2, "checkpoint_every": 4 if folder else None, "progress": False} | options
@@ -299,7 +309,14 @@ def test_a_run_in_pieces_is_the_whole(tmp_path, autocast):
 
 
 def test_a_step_never_waits_for_the_device():
-    trainer = make_trainer(None, 10, autocast=torch.bfloat16)
+    """Of the trainer's own: models of transformers look at their masks, so this one is plain."""
+    model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 500)).cuda()
+
+    def loss(model, batch):
+        logits, targets = model(batch["input_ids"][:, :-1]), batch["input_ids"][:, 1:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
+
+    trainer = make_trainer(None, 10, model=model, loss=loss, autocast=torch.bfloat16)
     trainer._step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
