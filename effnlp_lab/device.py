@@ -181,7 +181,7 @@ def _imported_compiled() -> bool:
 def _cpu_device(fast: bool) -> Device:
     import torch
 
-    return Device("cpu", fast, _cpu_name(), torch.float32, triton_mode("cpu"), None, machine_memory_bytes())
+    return Device("cpu", fast, cpu_name(), torch.float32, triton_mode("cpu"), None, machine_memory_bytes())
 
 
 def _cuda_device(fast: bool) -> Device:
@@ -193,7 +193,8 @@ def _cuda_device(fast: bool) -> Device:
     return Device("cuda", fast, properties.name, dtype, triton_mode("cuda"), capability, properties.total_memory)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as Linux gives it, or what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

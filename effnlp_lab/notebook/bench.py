@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from effnlp_lab.device import Device, resolve
+from effnlp_lab.device import Device, cpu_name, resolve
 from effnlp_lab.errors import UsageError
 
 # Units, and how a time in seconds becomes a figure: work is in bytes or floating-point operations.
@@ -194,7 +194,7 @@ def machine(device: Device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device.name,
         "kind": device.kind,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -305,15 +305,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:
