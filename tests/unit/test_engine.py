@@ -1,6 +1,8 @@
 """Every way in which an answer can be wrong has its own sentence, and the notebook goes on."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from effnlp_lab.notebook import report
 from effnlp_lab.notebook.check import check, verdict_of
 from effnlp_lab.notebook.driver import answer_case
 from effnlp_lab.notebook.judge import answer_from_source, judge
+from effnlp_lab.notebook.limits import TimedOut, time_limit
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +173,34 @@ def test_the_same_seed_gives_the_same_cases():
     first, second = (judge(toy.SOFTMAX, "99_toy", lambda r: answer_case(r, answer), seed=7) for _ in range(2))
     assert first.first_failure.details == second.first_failure.details
     assert first.sentence == second.sentence
+
+
+@pytest.mark.parametrize("inside_a_thread", [False, True])
+def test_a_process_without_a_core_is_given_time(inside_a_thread):
+    """Waiting stands for a machine so busy that the answer hardly runs; work counts at once."""
+
+    def run(body):
+        try:
+            with time_limit(0.5):
+                body()
+        except TimedOut:
+            return "timed out"
+        return "in time"
+
+    def wait(seconds):
+        for _ in range(round(100 * seconds)):
+            time.sleep(0.01)
+
+    def work():
+        end = time.process_time() + 60
+        while time.process_time() < end:
+            pass
+
+    def results():
+        return [run(lambda: wait(0.9)), run(work), run(lambda: wait(9))]
+
+    if not inside_a_thread:
+        assert results() == ["in time", "timed out", "timed out"]
+        return
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(results).result() == ["in time", "timed out", "timed out"]

@@ -464,7 +464,8 @@ def test_a_check_that_raises_is_a_fault(root, monkeypatch, capsys):
 
 
 def test_a_listed_mutant_that_is_only_slow_gets_more_time(root):
-    slow = "import time\ndef count(items):\n    time.sleep(1.0)\n    return {i: items.count(i) for i in items}\n"
+    busy = "    end = time.process_time() + 1.0\n    while time.process_time() < end:\n        pass\n"
+    slow = f"import time\ndef count(items):\n{busy}    return {{i: items.count(i) for i in items}}\n"
     monkey = Mutant("count:1:hand:1", 1, "", "", slow)
     patient = type(toy.COUNT)(**{**vars(toy.COUNT), "seconds": 5.0})
     trial = Trial("99_toy", patient, COUNT_SOURCE, 1, root)
