@@ -125,7 +125,7 @@ def train_course_models(
 
     May be stopped at any moment: the same command goes on from there.
     """
-    _finish(_load("effnlp_lab.course.recipe").main(device, folder, size, seconds, sweep, settings or ()))
+    _finish(_load("effnlp_lab.course.recipe.run").main(device, folder, size, seconds, sweep, settings or ()))
 
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})

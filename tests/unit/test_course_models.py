@@ -25,10 +25,16 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from effnlp_lab import cli
-from effnlp_lab.course import models, recipe, recipe_card, recipe_data, recipe_encode, recipe_training
+from effnlp_lab.course import models
 from effnlp_lab.course.models import WEIGHTS, load_model, load_tokenizer
-from effnlp_lab.course.recipe_losses import acceptance, distillation, next_token_nll
-from effnlp_lab.course.recipe_muon import MuonAdamW, orthogonalize, parameter_groups
+from effnlp_lab.course.recipe import card as recipe_card
+from effnlp_lab.course.recipe import data as recipe_data
+from effnlp_lab.course.recipe import encode as recipe_encode
+from effnlp_lab.course.recipe import folder as recipe_folder
+from effnlp_lab.course.recipe import settings as recipe
+from effnlp_lab.course.recipe import training as recipe_training
+from effnlp_lab.course.recipe.losses import acceptance, distillation, next_token_nll
+from effnlp_lab.course.recipe.muon import MuonAdamW, orthogonalize, parameter_groups
 from effnlp_lab.course.text import load_text
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import UsageError
@@ -208,10 +214,10 @@ def test_a_folder_of_another_recipe_is_refused(made, tmp_path, capsys):
     assert "begun with other settings (base differs)" in capsys.readouterr().err
     assert cli.main([*COMMAND, str(tmp_path), "--sweep", "all"]) == 2
     assert "Unknown sweep 'all'" in capsys.readouterr().err
-    recipe.claim(tmp_path, recipe.TINY)
-    recipe.claim(tmp_path, replace(recipe.TINY, library_repeats=1))  # nothing that depends on it has begun
+    recipe_folder.claim(tmp_path, recipe.TINY)
+    recipe_folder.claim(tmp_path, replace(recipe.TINY, library_repeats=1))  # nothing that depends on it has begun
     with pytest.raises(UsageError, match="vocabulary differs"):
-        recipe.claim(tmp_path, replace(recipe.TINY, vocabulary=600))
+        recipe_folder.claim(tmp_path, replace(recipe.TINY, vocabulary=600))
 
 
 # Losses and the optimizer.

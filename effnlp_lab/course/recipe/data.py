@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effnlp_lab.course.recipe import END_OF_TEXT, PAD, Recipe, read_json, write_json
-from effnlp_lab.course.recipe_encode import encode_all
+from effnlp_lab.course.recipe.encode import encode_all
+from effnlp_lab.course.recipe.folder import read_json, write_json
+from effnlp_lab.course.recipe.settings import END_OF_TEXT, PAD, Recipe
 from effnlp_lab.course.text import installed_packages, load_text
 from effnlp_lab.device import Device
 from effnlp_lab.streaming import Shards, ShardWriter, Windows

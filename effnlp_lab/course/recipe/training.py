@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effnlp_lab.course.models import load_model
-from effnlp_lab.course.recipe import END_OF_TEXT, ModelRecipe, Recipe, read_json, write_json
-from effnlp_lab.course.recipe_data import CourseData, heldout_rows, mixture
-from effnlp_lab.course.recipe_losses import acceptance, distillation
-from effnlp_lab.course.recipe_muon import MuonAdamW, parameter_groups
+from effnlp_lab.course.recipe.data import CourseData, heldout_rows, mixture
+from effnlp_lab.course.recipe.folder import read_json, write_json
+from effnlp_lab.course.recipe.losses import acceptance, distillation
+from effnlp_lab.course.recipe.muon import MuonAdamW, parameter_groups
+from effnlp_lab.course.recipe.settings import END_OF_TEXT, ModelRecipe, Recipe
 from effnlp_lab.device import Device
 from effnlp_lab.errors import UsageError
 from effnlp_lab.streaming import Prefetcher, StreamLoader

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from effnlp_lab.course.models import WEIGHTS_FILE, load_model
-from effnlp_lab.course.recipe import END_OF_TEXT, PAD, ModelRecipe, Recipe, read_json, write_json
-from effnlp_lab.course.recipe_data import LIBRARY, CourseData, heldout_rows
-from effnlp_lab.course.recipe_losses import acceptance, next_token_nll
-from effnlp_lab.course.recipe_training import NAMES
+from effnlp_lab.course.recipe.data import LIBRARY, CourseData, heldout_rows
+from effnlp_lab.course.recipe.folder import read_json, write_json
+from effnlp_lab.course.recipe.losses import acceptance, next_token_nll
+from effnlp_lab.course.recipe.settings import END_OF_TEXT, PAD, ModelRecipe, Recipe
+from effnlp_lab.course.recipe.training import NAMES
 from effnlp_lab.course.text import load_text, text_version
 from effnlp_lab.device import Device
 from effnlp_lab.streaming.shards import write_atomically
