@@ -5,13 +5,13 @@ Exit codes: 0 ok, 1 something was not graded (or the demonstration went wrong), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from effnlp_grading.progress import progress
 from effnlp_lab.errors import UsageError
 
 app = typer.Typer(name="effnlp", add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -85,31 +85,6 @@ def main_demo(device: str = "auto", jobs: int | None = None, out: Path | None = 
     from effnlp_grading import demo
 
     return demo.main(device, jobs, out)
-
-
-@contextmanager
-def progress(total: int, title: str) -> Iterator:
-    """A function to call with each Result: a bar on a terminal, else one line a submission."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        done = 0
-
-        def line(result) -> None:
-            nonlocal done
-            done += 1
-            what = f"{result.student} {result.lab}: {result.state} in {result.seconds:.0f} s"
-            print(f"{title}: {done} of {total}: {what}\n", end="", flush=True)  # one write: threads do not mix
-
-        yield line
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda result: bars.advance(task)
 
 
 def _print_table(results: Sequence) -> None:

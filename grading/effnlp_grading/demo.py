@@ -12,15 +12,16 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 from effnlp_grading import sample_class
 from effnlp_grading.course import CONFIGURATION, Course, find_course
 from effnlp_grading.grade import Result, grade
+from effnlp_grading.progress import progress
+from effnlp_grading.report import Demonstration, write
 from effnlp_lab import exercises, runner
-from effnlp_lab.device import Device, resolve
+from effnlp_lab.device import resolve
 from effnlp_lab.errors import UsageError
 from effnlp_lab.exercises.spec import Lab
 from effnlp_lab.master import Master, read_master
@@ -29,24 +30,8 @@ LABS = ("00", "01", "06")
 SEED = 20_240_229  # the cases that the class is graded on: any number, the same for notebooks and judge
 
 
-@dataclass
-class Demonstration:
-    """What the demonstration did; `problems` has a sentence for everything that is not as it should be."""
-
-    course: Course
-    device: Device
-    labs: list[Lab]
-    executed: list[runner.Outcome] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    expected: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def main(device: str = "auto", jobs: int | None = None, out: Path | None = None) -> int:
     """Run the demonstration, print where its report is, and return 0 when all went as it should, else 1."""
-    from effnlp_grading.report import write
-
     checkout = find_course()
     out = (out or checkout.root / "build").resolve()
     target = resolve(device, "1")
@@ -115,8 +100,6 @@ def _release(shown: Demonstration, jobs: int | None) -> None:
 
 def _grade(shown: Demonstration, jobs: int | None) -> None:
     """Grade the class, and export the gradebook."""
-    from effnlp_grading.cli import progress
-
     pairs = [(lab.name, student) for lab in shown.labs if lab.graded for student in sample_class.CLASS]
     with progress(len(pairs), "3 of 4: grading") as show:
         shown.results = grade(shown.course, pairs, device=shown.device.kind, jobs=jobs, show=show,

@@ -8,19 +8,33 @@ from __future__ import annotations
 import base64
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effnlp_grading import sample_class
-
-if TYPE_CHECKING:
-    from effnlp_grading.demo import Demonstration
-    from effnlp_grading.grade import Result
-    from effnlp_lab.exercises.spec import Lab
+from effnlp_grading.course import Course
+from effnlp_grading.grade import Result
+from effnlp_lab import runner
+from effnlp_lab.device import Device
+from effnlp_lab.exercises.spec import Lab
 
 TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass
+class Demonstration:
+    """What the demonstration did; `problems` has a sentence for everything that is not as it should be."""
+
+    course: Course
+    device: Device
+    labs: list[Lab]
+    executed: list[runner.Outcome] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    expected: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
