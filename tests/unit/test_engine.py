@@ -175,6 +175,13 @@ def test_the_same_seed_gives_the_same_cases():
     assert first.sentence == second.sentence
 
 
+def test_a_blank_that_only_some_cases_meet_leaves_the_others_their_points():
+    blank = "    if x.abs().max() > 100:\n        raise NotImplementedError()\n"
+    v = verdict(toy.RIGHT.replace("(x):\n", f"(x):\n{blank}"))
+    assert (v.state, v.sentence) == ("incorrect", "A blank that this case needs is still there.")
+    assert 0 < v.score < v.points and v.mistakes == []
+
+
 @pytest.mark.parametrize("inside_a_thread", [False, True])
 def test_a_process_without_a_core_is_given_time(inside_a_thread):
     """Waiting stands for a machine so busy that the answer hardly runs; work counts at once."""
