@@ -17,6 +17,8 @@ import pytest
 HEAD_DIMS = (32, 64, 128, 256)
 KERNELS = ("forward", "row_statistics", "dkdv", "dq", "decode", "merge")
 ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
+NF4 = {"nf4 dequantize": (0,), "nf4 row": (1,), "nf4 product": (16, 32, 64), "nf4 sum": (0,)}  # rows, as "head_dim"
+GPTQ_KERNELS = {"int4 product": (16, 64), "int3 product": (16,), "int3 dequantize": (0,), "gptq columns": (0,)}
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has Linux wheels only")
@@ -31,7 +33,17 @@ def wanted(arch: int) -> set[tuple[str, str, int]]:
     optimizer = {("adamw8bit", half, 0), ("adamw8bit", "fp32", 0), ("adamw8bit masked", half, 0)}
     if arch == 86:
         optimizer = set()
+    nf4 = {(kernel, half, rows) for kernel, counts in NF4.items() for rows in counts}
+    nf4 |= {("nf4 product", "fp32", 64), ("nf4 product", "fp16", 16), ("nf4 row", "fp32", 1), ("nf4 row", "fp16", 1)}
+    if arch == 86:
+        nf4 = set()
+    optimizer |= nf4 | quantization(arch, half)
     return {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes} | optimizer
+
+
+def quantization(arch: int, half: str) -> set[tuple[str, str, int]]:
+    wanted = {(kernel, half, rows) for kernel, counts in GPTQ_KERNELS.items() for rows in counts}
+    return set() if arch == 86 else wanted | {("int4 product", "fp32", 64), ("int4 product", "fp16", 16)}
 
 
 @pytest.mark.parametrize("arch", (75, 80, 86, 90))
@@ -100,6 +112,10 @@ def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flag
 
     if kernel in ADAMW8BIT:
         return compile_adamw8bit(arch, dtype, kernel.endswith("masked"))
+    if kernel in GPTQ_KERNELS:
+        return compile_quantization(arch, kernel, dtype, head_dim)
+    if kernel in NF4:
+        return compile_nf4(arch, kernel, dtype, head_dim)
     function, tile = find(arch, kernel, dtype, head_dim, tile)
     constants = {
         "HEAD_DIM": head_dim,
@@ -146,6 +162,81 @@ def compile_adamw8bit(arch: int, dtype: str, masked: bool):
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(room.adamw8bit_kernel, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": room.WARPS})
+
+
+def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
+    """Groups of 128 columns; the sum in parts, with a bias; the column loop finds its grids and keeps outliers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from effnlp_lab.quantization import kernel_gptq, kernel_product
+
+    types = {"X": f"*{dtype}", "Bias": f"*{dtype}", "Out": f"*{dtype}", "Plane0": "*i32", "Plane1": "*i32",
+             "Scale": "*fp16", "Zero": "*u8", "Parts": "*fp32", "Counters": "*i32"}  # fmt: skip
+    bits = 3 if kernel.startswith("int3") else 4
+    constants, warps, stages = {"BITS": bits, "RUN": 32, "GROUP": 128, "BLOCK_N": 32}, 4, 1
+    function = kernel_product.dequantize_kernel
+    if kernel.endswith("product"):
+        function = kernel_product.product_kernel
+        tile = kernel_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
+        constants |= {"PER": 4, "SPLIT": 4, "BLOCK_N": tile.rows, "BLOCK_M": tile.inputs, "HAS_BIAS": True}
+        constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
+        warps, stages = tile.warps, tile.stages
+    elif kernel == "gptq columns":
+        function, warps = kernel_gptq.columns_kernel, kernel_gptq.WARPS
+        types = dict.fromkeys(("W", "U", "Errors", "Scale", "Zero"), "*fp32") | {"Codes": "*u8", "Keep": "*u8"}
+        types["Groups"] = "*i64"
+        constants = {"BLOCK": 128, "ROWS": kernel_gptq.ROWS, "FIND": 32, "HIGHEST": 15}
+        constants |= {"SYMMETRIC": False, "SCALE": "fp16", "KEEPS": True}
+    names = function.arg_names
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "num_stages": stages}
+    source = ASTSource(function, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
+    """As a model launches it: scales in 8 bits, 16-bit levels from registers, a bias where no split needs a sum."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from effnlp_lab.adapters import kernels_nf4, launch_nf4
+
+    tile = launch_nf4.TILES[arch]
+    function, outputs, warps = {
+        "nf4 dequantize": (kernels_nf4.dequantize_kernel, 0, launch_nf4.DEQUANTIZE_WARPS),
+        "nf4 row": (kernels_nf4.row_kernel, launch_nf4.ROW_OUTPUTS, tile.warps),
+        "nf4 product": (kernels_nf4.product_kernel, tile.outputs, tile.warps),
+        "nf4 sum": (kernels_nf4.sum_splits_kernel, 0, 4),
+    }[kernel]
+    names = function.arg_names
+    sizes = {"BLOCK_M": rows, "BLOCK_N": outputs, "BLOCK_W": tile.words}
+    sizes["BLOCK_WORDS"] = 8
+    sizes["TILE"] = launch_nf4.SUM_TILE if kernel == "nf4 sum" else launch_nf4.DEQUANTIZE_TILE
+    flags = {
+        "DOUBLE": True,
+        "PERMUTE": dtype != "fp32",
+        "BIAS": True,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    constants = {name: value for name, value in (sizes | flags).items() if name in names}
+    types = {"Words": "*i32", "Scales": "*u8"} | dict.fromkeys(("Magnitudes", "Mean", "Values", "Parts"), "*fp32")
+    types |= {"Levels": "*fp32" if kernel == "nf4 dequantize" else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
+    divisible = [
+        i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("numel", "columns", "blocks")
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "num_stages": tile.stages}
+    return triton.compile(
+        ASTSource(function, signature, values, attributes), target=GPUTarget("cuda", arch, 32), options=options
+    )
 
 
 def find(arch: int, kernel: str, dtype: str, head_dim: int, tile):
