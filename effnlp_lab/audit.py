@@ -134,16 +134,16 @@ def audit(
     Returns each answer's first fault. `progress` gets one line an answer.
     """
     name = exercises.lab(lab).name
+    listed, faults = _listed(name), []
     chosen = [
         index
-        for index, trial in enumerate(trials(name))
+        for index, trial in enumerate(listed)
         if only in (None, trial.exercise.name) and (trial.right or not right)
     ]
     if not chosen:
         return []
     size = len(seeds) if jobs == 1 else max(1, min(SEEDS_A_TASK, -(-len(seeds) // jobs)))
     pieces = [seeds[first : first + size] for first in range(0, len(seeds), size)]
-    faults, listed = [], list(trials(name))
     with ExitStack() as stack:
         run = map if jobs == 1 else stack.enter_context(_processes(jobs)).map
         found = run(partial(_try_seeds, name, split, device), *zip(*product(chosen, pieces), strict=True))
