@@ -297,10 +297,11 @@ def _judge_response(
             {},
         )
     outputs = response["outputs"]
-    if case.device == "cuda" == device:  # real sizes, in float64 too: the reference computes them on the card
+    on_card = case.device == "cuda" == device  # real sizes, in float64 too: the reference computes them there
+    if on_card:
         inputs, outputs = on_device(inputs, device), on_device(outputs, device)
     over = None
-    with _where(device if case.device == "cuda" else "cpu"):
+    with _where(device) if on_card else contextlib.nullcontext():
         found = reference.verify(inputs, outputs, reference.expected(inputs, variant), variant)
         if metered and not found:
             over = _judge_budget(reference, case, inputs, variant, observed.get("usage") or {})
