@@ -23,7 +23,7 @@
 Names are loaded on first use: everything works where Triton is not installed.
 """
 
-from importlib import import_module as _import_module
+from effnlp_lab.lazy import lazily as _lazily
 
 _HOMES = {
     "Adapter": "adapter",
@@ -59,9 +59,4 @@ _HOMES = {
     "unmerge_adapter": "interface",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'effnlp_lab.adapters' has no attribute {name!r}")
-    return getattr(_import_module(f"effnlp_lab.adapters.{_HOMES[name]}"), name)
+__getattr__ = _lazily(__name__, _HOMES)

@@ -18,7 +18,7 @@
 Names are loaded on first use: the PyTorch parts work where Triton is not installed.
 """
 
-from importlib import import_module as _import_module
+from effnlp_lab.lazy import lazily as _lazily
 
 _HOMES = {
     "chunked_attention": "chunked",
@@ -40,9 +40,4 @@ _HOMES = {
     "visible": "standard",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'effnlp_lab.attention' has no attribute {name!r}")
-    return getattr(_import_module(f"effnlp_lab.attention.{_HOMES[name]}"), name)
+__getattr__ = _lazily(__name__, _HOMES)

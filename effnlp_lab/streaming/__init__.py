@@ -27,7 +27,7 @@ From text to batches:
 stream exactly, with any number of ranks and workers. Names are loaded on first use.
 """
 
-from importlib import import_module as _import_module
+from effnlp_lab.lazy import lazily as _lazily
 
 _HOMES = {
     "BatchStream": "batch_stream",
@@ -62,9 +62,4 @@ _HOMES = {
     "write_shards": "shard_writer",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'effnlp_lab.streaming' has no attribute {name!r}")
-    return getattr(_import_module(f"effnlp_lab.streaming.{_HOMES[name]}"), name)
+__getattr__ = _lazily(__name__, _HOMES)

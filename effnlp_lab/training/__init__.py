@@ -20,7 +20,7 @@
 Names are loaded on first use: everything works where Triton is not installed.
 """
 
-from importlib import import_module as _import_module
+from effnlp_lab.lazy import lazily as _lazily
 
 _HOMES = {
     "Accumulated": "accumulation",
@@ -54,9 +54,4 @@ _HOMES = {
     "warmup_stable_decay": "schedule",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'effnlp_lab.training' has no attribute {name!r}")
-    return getattr(_import_module(f"effnlp_lab.training.{_HOMES[name]}"), name)
+__getattr__ = _lazily(__name__, _HOMES)
