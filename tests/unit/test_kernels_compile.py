@@ -30,20 +30,14 @@ def wanted(arch: int) -> set[tuple[str, str, int]]:
     sizes = {(half, dim) for dim in HEAD_DIMS} | {("fp16", 128)}
     if arch != 86:  # the same instructions as sm_80, and the same float32 tiles: only half precision has its own
         sizes |= {("fp32", dim) for dim in HEAD_DIMS if arch > 75 or dim <= 128}
-    optimizer = {("adamw8bit", half, 0), ("adamw8bit", "fp32", 0), ("adamw8bit masked", half, 0)}
+    attention = {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes}
     if arch == 86:
-        optimizer = set()
-    nf4 = {(kernel, half, rows) for kernel, counts in NF4.items() for rows in counts}
-    nf4 |= {("nf4 product", "fp32", 64), ("nf4 product", "fp16", 16), ("nf4 row", "fp32", 1), ("nf4 row", "fp16", 1)}
-    if arch == 86:
-        nf4 = set()
-    optimizer |= nf4 | quantization(arch, half)
-    return {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes} | optimizer
-
-
-def quantization(arch: int, half: str) -> set[tuple[str, str, int]]:
-    wanted = {(kernel, half, rows) for kernel, counts in GPTQ_KERNELS.items() for rows in counts}
-    return set() if arch == 86 else wanted | {("int4 product", "fp32", 64), ("int4 product", "fp16", 16)}
+        return attention
+    others = {(kernel, half, rows) for kernel, counts in (NF4 | GPTQ_KERNELS).items() for rows in counts}
+    others |= {("nf4 product", "fp32", 64), ("nf4 product", "fp16", 16), ("nf4 row", "fp32", 1), ("nf4 row", "fp16", 1)}
+    others |= {("int4 product", "fp32", 64), ("int4 product", "fp16", 16)}
+    others |= {("adamw8bit", half, 0), ("adamw8bit", "fp32", 0), ("adamw8bit masked", half, 0)}
+    return attention | others
 
 
 @pytest.mark.parametrize("arch", (75, 80, 86, 90))
@@ -106,10 +100,6 @@ def report(arch: int, kernel: str, dtype: str, head_dim: int, tile=None, **flags
 
 def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flags: dict[str, bool]):
     """Compile as a call would: pointers and strides divisible by 16, one query head per key head."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     if kernel in ADAMW8BIT:
         return compile_adamw8bit(arch, dtype, kernel.endswith("masked"))
     if kernel in GPTQ_KERNELS:
@@ -135,22 +125,32 @@ def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flag
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else type_of(name, dtype) for name in names}
-    divisible = [["tt.divisibility", 16]]
-    attributes = {(i,): divisible for i, name in enumerate(names) if signature[name][:1] == "*"}
-    attributes |= {(i, j): divisible for i, name in enumerate(names) if name.endswith("_strides") for j in range(3)}
-    source = ASTSource(
-        function, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
-    )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    attributes = aligned(names, signature)
+    attributes |= {
+        (i, j): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_strides") for j in range(3)
+    }
+    return compiled(arch, function, signature, constants, attributes, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def compile_adamw8bit(arch: int, dtype: str, masked: bool):
-    """As a step launches it: every pointer aligned, the card's own square root."""
+def compiled(arch: int, function, signature: dict, constants: dict, attributes: dict, **options: int):
+    """What Triton's compiler makes of a kernel for a card of this architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, places, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def aligned(names: list[str], signature: dict, *others: str) -> dict:
+    """Pointers, and `others`, divisible by 16."""
+    chosen = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in others]
+    return {(i,): [["tt.divisibility", 16]] for i in chosen}
+
+
+def compile_adamw8bit(arch: int, dtype: str, masked: bool):
+    """As a step launches it: every pointer aligned, the card's own square root."""
     from effnlp_lab.training import kernel_adamw8bit as room
 
     constants = {"ROWS": room.ROWS, "MASKED": masked, "APPROXIMATE": True}
@@ -158,18 +158,12 @@ def compile_adamw8bit(arch: int, dtype: str, masked: bool):
     types |= {"map_signed": "*fp32", "map_unsigned": "*fp32"} | dict.fromkeys(constants, "constexpr")
     names = room.adamw8bit_kernel.arg_names
     signature = {name: types.get(name, "fp32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(room.adamw8bit_kernel, signature, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": room.WARPS})
+    attributes = aligned(names, signature)
+    return compiled(arch, room.adamw8bit_kernel, signature, constants, attributes, num_warps=room.WARPS)
 
 
 def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     """Groups of 128 columns; the sum in parts, with a bias; the column loop finds its grids and keeps outliers."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from effnlp_lab.quantization import kernel_gptq, kernel_product
 
     types = {"X": f"*{dtype}", "Bias": f"*{dtype}", "Out": f"*{dtype}", "Plane0": "*i32", "Plane1": "*i32",
@@ -192,19 +186,12 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     names = function.arg_names
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps, "num_stages": stages}
-    source = ASTSource(function, signature, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    attributes = aligned(names, signature)
+    return compiled(arch, function, signature, constants, attributes, num_warps=warps, num_stages=stages)
 
 
 def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     """As a model launches it: scales in 8 bits, 16-bit levels from registers, a bias where no split needs a sum."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from effnlp_lab.adapters import kernels_nf4, launch_nf4
 
     tile = launch_nf4.TILES[arch]
@@ -228,15 +215,8 @@ def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     types = {"Words": "*i32", "Scales": "*u8"} | dict.fromkeys(("Magnitudes", "Mean", "Values", "Parts"), "*fp32")
     types |= {"Levels": "*fp32" if kernel == "nf4 dequantize" else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
-    divisible = [
-        i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("numel", "columns", "blocks")
-    ]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps, "num_stages": tile.stages}
-    return triton.compile(
-        ASTSource(function, signature, values, attributes), target=GPUTarget("cuda", arch, 32), options=options
-    )
+    attributes = aligned(names, signature, "numel", "columns", "blocks")
+    return compiled(arch, function, signature, constants, attributes, num_warps=warps, num_stages=tile.stages)
 
 
 def find(arch: int, kernel: str, dtype: str, head_dim: int, tile):
