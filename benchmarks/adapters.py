@@ -28,6 +28,7 @@ NEEDS = "cuda"
 OURS = "effnlp_lab NF4"
 PEER = "bitsandbytes NF4"
 DENSE = "cuBLAS bf16"
+COPY = "a copy of as many bytes"
 SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))
 ROWS = (1, 4, 16, 64)
 ROTATED = 200 << 20
@@ -77,6 +78,10 @@ def _dequantization(shape: tuple[int, int], device: Device) -> Comparison:
     out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
     ours = copies.turns(copies.ours)
     contestants: dict[str, Callable] = {OURS: lambda: launch_nf4.dequantize(next(ours), torch.bfloat16, out)}
+    half = (copies.ours[0].nbytes + out.nbytes) // 2
+    sources = copies.turns([torch.empty(half, dtype=torch.uint8, device="cuda") for _ in range(1 + ROTATED // half)])
+    target = torch.empty(half, dtype=torch.uint8, device="cuda")
+    contestants[COPY] = lambda: target.copy_(next(sources))
     missing, checks = {}, []
     if copies.theirs:
         import bitsandbytes.functional as functional
@@ -97,8 +102,8 @@ def _dequantization(shape: tuple[int, int], device: Device) -> Comparison:
         raise AssertionError("the kernel's numbers are not the definition's")
     result = compare(
         f"NF4 dequantization to bfloat16, double quantized: {shape[0]} x {shape[1]}", contestants, ours=OURS, peer=PEER,
-        unit="TB/s", work=copies.ours[0].nbytes + out.nbytes, repeats=25, warmup=5, device=device, missing=missing,
-        limit=ceilings(device).copy_bytes_per_second / 1e12, queued=True,
+        unit="TB/s", work=copies.ours[0].nbytes + out.nbytes, repeats=15, warmup=3, device=device, missing=missing,
+        limit=ceilings(device).copy_bytes_per_second / 1e12, queued=True, in_a_row=12,
     )  # fmt: skip
     result.checks += checks
     return result
@@ -133,8 +138,8 @@ def _products(shape: tuple[int, int], rows: int, device: Device) -> Comparison:
     if max(errors) > 0.02:
         raise AssertionError(f"products are off by {max(errors):.3%} of the range")
     result = compare(
-        f"NF4 product of {rows} rows: {shape[0]} x {shape[1]}", contestants, ours=OURS, peer=PEER, repeats=25, warmup=5,
-        device=device, missing=missing, queued=True,
+        f"NF4 product of {rows} rows: {shape[0]} x {shape[1]}", contestants, ours=OURS, peer=PEER, repeats=15, warmup=3,
+        device=device, missing=missing, queued=True, in_a_row=12,
         limit=copies.ours[0].nbytes / ceilings(device).copy_bytes_per_second,
     )  # fmt: skip
     result.checks.append(

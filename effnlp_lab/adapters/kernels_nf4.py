@@ -79,27 +79,28 @@ def decode(words, Levels, PERMUTE: tl.constexpr):
 @triton.jit
 def row_kernel(
     X, Words, Out, Bias, Levels, Scales, Magnitudes, Mean, Values, columns, blocks, blocks_each,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, DOUBLE: tl.constexpr, PERMUTE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, DOUBLE: tl.constexpr, PERMUTE: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row of X times the weight. Grid (tiles of BLOCK_N outputs, splits): see `product_kernel`.
 
-    A thread sums the eight terms of a word in float32 and multiplies by the word's scale; sums of threads meet once.
+    A thread sums the terms of its words in float32; the sum of a block is multiplied by the block's scale.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     in_n = n < columns
-    end = tl.minimum((split + 1) * blocks_each, blocks) * 8
-    total = tl.zeros([BLOCK_N, BLOCK_W], dtype=tl.float32)
-    for start in range(split * blocks_each * 8, end, BLOCK_W):
-        word = start + tl.arange(0, BLOCK_W)
-        in_w = word < end
-        keep = in_n[:, None] & in_w[None, :]
-        words = tl.load(Words + n.to(tl.int64)[:, None] * (blocks * 8) + word[None, :], mask=keep, other=0)
-        x_at = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-        x = tl.load(X + x_at, mask=in_w[:, None], other=0.0).to(tl.float32)
-        index = n.to(tl.int64)[:, None] * blocks + word[None, :] // 8
-        scale = find_scales(index, keep, Scales, Magnitudes, Mean, Values, DOUBLE)
-        total += tl.sum(decode(words, Levels, PERMUTE).to(tl.float32) * x[None, :, :], 2) * scale
+    end = tl.minimum((split + 1) * blocks_each, blocks)
+    total = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
+    for start in tl.range(split * blocks_each, end, BLOCK_B, num_stages=STAGES):
+        block, word = start + tl.arange(0, BLOCK_B), start * 8 + tl.arange(0, BLOCK_B * 8)
+        in_b, in_w = block < end, word < end * 8
+        words_at = Words + n.to(tl.int64)[:, None] * (blocks * 8) + word[None, :]
+        words = tl.load(words_at, mask=in_n[:, None] & in_w[None, :], other=0)
+        x = tl.load(X + word[:, None] * 8 + tl.arange(0, 8)[None, :], mask=in_w[:, None], other=0.0).to(tl.float32)
+        terms = tl.sum(decode(words, Levels, PERMUTE).to(tl.float32) * x[None, :, :], 2)
+        index = n.to(tl.int64)[:, None] * blocks + block[None, :]
+        scale = find_scales(index, in_n[:, None] & in_b[None, :], Scales, Magnitudes, Mean, Values, DOUBLE)
+        total += tl.sum(tl.reshape(terms, [BLOCK_N, BLOCK_B, 8]), 2) * scale
     out = tl.sum(total, 1)
     if BIAS:
         out += tl.load(Bias + n, mask=in_n, other=0.0).to(tl.float32)
@@ -110,7 +111,7 @@ def row_kernel(
 def product_kernel(
     X, Words, Out, Bias, Levels, Scales, Magnitudes, Mean, Values, rows, columns, blocks, blocks_each,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOUBLE: tl.constexpr, PERMUTE: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of X [rows, 64 blocks] times BLOCK_N rows of the weight, over one split of its columns, transposed.
 
@@ -125,7 +126,7 @@ def product_kernel(
     words_at = Words + n.to(tl.int64)[:, None] * (blocks * 8) + tl.arange(0, 8)[None, :]
     x_at = X + m[None, :] * (blocks * BLOCK) + inner[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for block in range(split * blocks_each, tl.minimum((split + 1) * blocks_each, blocks)):
+    for block in tl.range(split * blocks_each, tl.minimum((split + 1) * blocks_each, blocks), num_stages=STAGES):
         words = tl.load(words_at + block * 8, mask=in_n[:, None], other=0)
         x = tl.load(x_at + block * BLOCK, mask=in_m[None, :], other=0.0)
         weight = tl.reshape(decode(words, Levels, PERMUTE), [BLOCK_N, BLOCK])

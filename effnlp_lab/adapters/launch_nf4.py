@@ -20,26 +20,26 @@ PERMUTE = True
 DEQUANTIZE_TILE, DEQUANTIZE_WARPS = 512, 4
 """Words a program, a multiple of every block's; warps a program."""
 SUM_TILE = 1024
-PROGRAMS = 3
-"""Programs that each multiprocessor should have at least; the columns are split to get there."""
+PROGRAMS, ROW_PROGRAMS = 6, 2
+"""Programs that each multiprocessor should have at least, for one row the second; columns are split to get there."""
 MOST_SPLITS = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs of a program, words that one row takes a step (in products of one row), warps, tiles in flight."""
+    """Outputs of a program, warps up to 16 rows, tiles in flight."""
 
     outputs: int
-    words: int
     warps: int
     stages: int
 
 
-# Chosen so that every kernel compiles and fits; sm_75 has no asynchronous copies to keep tiles in flight.
-TILES = {75: Tile(64, 32, 4, 1), 80: Tile(64, 32, 4, 4), 90: Tile(64, 32, 4, 4)}
-ROW_OUTPUTS = 16
-"""Outputs of a program in products of one row."""
-INTERPRETED = Tile(64, 64, 1, 1)
+# Timed on sm_90; the others compile and fit. sm_75 has no asynchronous copies to keep tiles in flight.
+TILES = {75: Tile(64, 2, 1), 80: Tile(64, 2, 3), 90: Tile(64, 2, 3)}
+ROW_TILE = Tile(8, 2, 1)
+"""For products of one row, of which a step takes ROW_BLOCKS blocks."""
+ROW_BLOCKS = 16
+INTERPRETED = Tile(64, 1, 1)
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -77,11 +77,11 @@ def product(rows: Tensor, weight: NF4Weight, bias: Tensor | None = None, splits:
     _check_dtype(rows.device, rows.dtype)
     count, columns, blocks = rows.shape[0], weight.shape[0], weight.shape[1] // 64
     compiled = rows.device.type == "cuda"
-    tile = TILES[_architecture(rows.device)] if compiled else INTERPRETED
-    outputs = ROW_OUTPUTS if count == 1 and compiled else tile.outputs
-    programs = triton.cdiv(columns, outputs)
+    tile = INTERPRETED if not compiled else ROW_TILE if count == 1 else TILES[_architecture(rows.device)]
+    programs = triton.cdiv(columns, tile.outputs)
     if splits is None:
-        splits = choose_splits(programs, blocks, _multiprocessors(rows.device) if compiled else 1)
+        wanted = (ROW_PROGRAMS if count == 1 else PROGRAMS) * (_multiprocessors(rows.device) if compiled else 1)
+        splits = choose_splits(programs, blocks, wanted)
     each = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, each)
     out = torch.empty(count, columns, dtype=rows.dtype, device=rows.device)
@@ -100,13 +100,13 @@ def product(rows: Tensor, weight: NF4Weight, bias: Tensor | None = None, splits:
         "DOUBLE": isinstance(weight.scales, DoubleQuantized),
         "PERMUTE": permute,
         "BIAS": bias is not None and splits == 1,
-        "BLOCK_N": outputs,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "BLOCK_N": tile.outputs,
+        "num_warps": tile.warps if count <= 16 or not compiled else 2 * tile.warps,
+        "STAGES": tile.stages,
     }
     with _on(rows.device):
         if count == 1:
-            kernels_nf4.row_kernel[(programs, splits)](*inputs, columns, blocks, each, BLOCK_W=tile.words, **flags)
+            kernels_nf4.row_kernel[(programs, splits)](*inputs, columns, blocks, each, BLOCK_B=ROW_BLOCKS, **flags)
         else:
             kernels_nf4.product_kernel[(programs, splits)](
                 *inputs, count, columns, blocks, each, BLOCK_M=max(16, triton.next_power_of_2(count)),
@@ -120,10 +120,9 @@ def product(rows: Tensor, weight: NF4Weight, bias: Tensor | None = None, splits:
     return out
 
 
-def choose_splits(programs: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many parts to cut the columns, so that there are about PROGRAMS programs for each multiprocessor."""
-    wanted = round(PROGRAMS * multiprocessors / programs)
-    return max(1, min(wanted, MOST_SPLITS, blocks // 4))
+def choose_splits(programs: int, blocks: int, wanted: int) -> int:
+    """Into how many parts to cut the columns, so that `programs` become about as many as are wanted."""
+    return max(1, min(round(wanted / programs), MOST_SPLITS, blocks // 4))
 
 
 def as_words(codes: Tensor) -> Tensor:

@@ -132,14 +132,16 @@ def compare(
     device: Device,
     limit: float | None = None,
     missing: Mapping[str, str] | None = None,
-    queued: bool = False,
+    queued: bool | float = False,
+    in_a_row: int = 1,
 ) -> Comparison:
     """Run every contestant `warmup` times, then `repeats` rounds of one run each, in turns.
 
     unit: "s", or a rate ("MB/s", "TFLOP/s", ...) for which `work` is the bytes or operations of one run. Times are CUDA
     events on a GPU, else the clock. On a GPU the host's part is included, as a caller waits for it when a kernel is
-    short; `queued` leaves it out for all alike (see `timed`), and a note says so. Raises UsageError for an unknown
-    unit, a rate without work, and an unknown contestant.
+    short; `queued` leaves it out for all alike (see `timed`), and a note says so. in_a_row: runs between two events, for
+    kernels so short that the events themselves would count; what is kept is the time of one. Raises UsageError for an
+    unknown unit, a rate without work, and an unknown contestant.
     """
     missing = dict(missing or {})
     if unit not in UNITS:
@@ -157,36 +159,42 @@ def compare(
     for round_number in range(warmup + repeats):
         for name, contestant in contestants.items():
             before = time.process_time()
-            elapsed = timed(contestant, device, queued=queued)
+            elapsed = timed(contestant, device, queued=queued, in_a_row=in_a_row)
             if round_number >= warmup:
                 seconds[name].append(elapsed)
                 if cpu_seconds:
                     cpu_seconds[name].append(time.process_time() - before)
     notes = [QUEUED_NOTE] if queued and device.kind == "cuda" else []
+    if in_a_row > 1:
+        notes.append(f"Each measurement is of {in_a_row} runs in a row, and a {in_a_row}th of their time.")
     return Comparison(title, seconds, ours, peer, unit, work, limit, missing, notes=notes, cpu_seconds=cpu_seconds)
 
 
-def timed(work: Callable[[], Any], device: Device, *, queued: bool = False) -> float:
-    """Seconds of one run: between CUDA events on a GPU, by the clock elsewhere.
+def timed(work: Callable[[], Any], device: Device, *, queued: bool | float = False, in_a_row: int = 1) -> float:
+    """Seconds of one run, the mean of `in_a_row`: between CUDA events on a GPU, by the clock elsewhere.
 
-    With `queued` the GPU is kept busy for about a millisecond before the first event, while the host starts the work:
-    what is timed is then the GPU alone, as in a program that keeps it fed. Work that waits for the GPU must not use it.
+    With `queued` the GPU is kept busy for about a millisecond (or so many seconds) before the first event, while the
+    host starts the work: what is timed is then the GPU alone, as in a program that keeps it fed. Work that waits for the
+    GPU must not use it.
     """
     if device.kind != "cuda":
         start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
+        for _ in range(in_a_row):
+            work()
+        return (time.perf_counter() - start) / in_a_row
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     if queued:
-        torch.cuda._sleep(2_000_000)  # clock cycles
+        busy = 1e-3 * (1 + in_a_row // 4) if queued is True else queued
+        torch.cuda._sleep(int(busy * 2e9))  # clock cycles
     begin.record()
-    work()
+    for _ in range(in_a_row):
+        work()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000 / in_a_row
 
 
 def machine(device: Device) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from torch import Tensor
 from effnlp_lab.errors import UsageError
 from effnlp_lab.quantization.checks import check_bits, check_group_size, check_weight
 
+WIDER = 1 + 2**-12
+"""Of a symmetric grid: its range would end halfway between two codes, where rounding noise decides."""
+
 
 @dataclass
 class QuantizedWeight:
@@ -47,15 +50,15 @@ def find_grid(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scale and zero point of each row of `weight` [..., group], so that the grid spans its weights and zero.
 
-    Symmetric: the range is [-max|w|, max|w|] and the zero point 2^(bits-1). The scale is first rounded to
-    `scale_dtype`, in which it will be kept: codes then fit the grid that they are read with. keep: bool like
-    weight, what is not to be coded and has no say. Returns scale and zero, in the weight's dtype, of shape [...].
+    Symmetric: the range is [-max|w|, max|w|], a little wider, and the zero point 2^(bits-1). The scale is first
+    rounded to `scale_dtype`, in which it will be kept: codes then fit the grid that they are read with. keep: bool
+    like weight, what is not to be coded and has no say. Returns scale and zero, in the weight's dtype, of shape [...].
     """
     highest = check_bits(bits)
     seen = weight if keep is None else weight.masked_fill(keep, 0)
     low, high = seen.amin(-1).clamp(max=0), seen.amax(-1).clamp(min=0)
     if symmetric:
-        high = torch.maximum(-low, high)
+        high = torch.maximum(-low, high) * WIDER
         low = -high
     flat = high == low  # all weights are zero: any grid will do
     scale = torch.where(flat, 1, (high - low) / highest)

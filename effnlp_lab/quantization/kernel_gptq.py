@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effnlp_lab.quantization import grid
+
 ROWS = 8
 """Rows of a program: with one warp that is 32 numbers a thread for a block of 128 columns."""
 WARPS = 1
+WIDER = tl.constexpr(grid.WIDER)
 
 
 @triton.jit
@@ -29,7 +32,7 @@ def grid_of(low, high, HIGHEST: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE: tl
     """Scale and zero point of rows whose weights lie in [low, high], as grid.find_grid makes them."""
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     if SYMMETRIC:
-        high = tl.maximum(-low, high)
+        high = tl.maximum(-low, high) * WIDER
         low = -high
     scale = tl.where(high == low, 1.0, tl.div_rn(high - low, low * 0 + HIGHEST))
     if SCALE == "fp16":

@@ -77,7 +77,8 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch], loss: LossFunct
         loss_sum, count = loss(model, batch)
         (loss_sum * weight).backward()
         loss_sum = loss_sum.detach().float()
-        count = torch.as_tensor(count, device=loss_sum.device)
+        if not isinstance(count, Tensor):  # a copy to the card would wait for it, a fill does not
+            count = torch.full((), count, device=loss_sum.device)
         if total is None:
             total = Accumulated(loss_sum, count)
         else:

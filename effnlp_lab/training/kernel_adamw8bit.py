@@ -23,9 +23,9 @@ from effnlp_lab.training.blockwise import dynamic_map
 
 COLUMNS = tl.constexpr(7)
 """Of a row of the table: addresses of parameter, gradient, codes of both states, their magnitudes; the number count."""
-ROWS = 8
+ROWS = 2
 """Blocks of 256 numbers that one program updates."""
-WARPS = 4
+WARPS = 1
 SCALARS = ("beta1", "rest1", "beta2", "rest2", "step_size", "root2", "eps", "decay")
 
 

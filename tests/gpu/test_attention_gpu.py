@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from plain import in_turn
 from torch.nn import functional as F
 
 import effnlp_lab.attention as room
@@ -59,19 +60,12 @@ def assert_close(ours, plain, exact, what):
     assert ratio <= 1, f"{what}: error {ratio:.2f} times what is allowed"
 
 
-def in_turn(a, b):
-    """a @ b, one product added after the other, as a kernel's program adds them (a library splits long sums)."""
-    out = a.new_zeros(*a.shape[:-1], b.shape[-1])
-    for column, row in zip(a.unbind(-1), b.unbind(-2), strict=True):
-        out.addcmul_(column[..., None], row[..., None, :])
-    return out
-
-
 class Recomputed(torch.autograd.Function):
     """Attention in plain PyTorch in the order of any flash attention (Dao 2023), with all the scores in memory.
 
-    Products are added in turn, and the backward makes the weights again from the log-sum-exp. In float32 both bring
-    more rounding, some eps, than a library's products and autograd through a softmax.
+    Products are added in turn, the gradient of a key over the queries of all heads that share it, and the backward
+    makes the weights again from the log-sum-exp. In float32 each brings more rounding, some eps, than a library's
+    products and autograd through a softmax.
     """
 
     @staticmethod
@@ -92,8 +86,8 @@ class Recomputed(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         weights = (in_turn(q, k.mT) * scale - lse[..., None]).exp().masked_fill(~ctx.keep, 0.0)
         dscores = weights * (in_turn(dout, v.mT) - (dout * out).sum(-1, keepdim=True)) * scale
-        dk, dv = in_turn(dscores.mT, q), in_turn(weights.mT, dout)
-        return in_turn(dscores, k), *(x.unflatten(1, (-1, ctx.group)).sum(2) for x in (dk, dv)), None
+        shared = [x.unflatten(1, (-1, ctx.group)).flatten(2, 3) for x in (dscores, q, weights, dout)]
+        return in_turn(dscores, k), in_turn(shared[0].mT, shared[1]), in_turn(shared[2].mT, shared[3]), None
 
 
 def recomputed_varlen(q, k, v, cu_q, cu_k, **masks):

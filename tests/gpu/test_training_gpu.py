@@ -43,16 +43,19 @@ def give_gradients(parameters, seed, spread=2.0):
 
 
 def assert_same_codes(ours, theirs, values, signed, what):
-    """Equal codes, but where a value lies as near to one as to the other: the two divide by the maximum differently.
+    """Equal codes, but where a value lies as near to one as to the other, to within the rounding of float32.
 
-    values: what is encoded, float64; each block of 256 divided by its largest.
+    The two divide by the maximum differently (2 eps of a value that is up to 71 cells from zero), and ours finds a cell
+    by its position among 128: together less than 2^-14 of a cell. values: what is encoded, float64; each block of 256
+    divided by its largest.
     """
     blocks = nn.functional.pad(values, (0, -len(values) % 256)).unflatten(0, (-1, 256))
     scaled = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()[: len(values)]
     levels = dynamic_map(signed, values.device).double()
     off = [(levels[codes.long()] - scaled).abs() for codes in (ours, theirs)]
-    tie = (off[0] - off[1]).abs() <= 1e-6 * scaled.abs()
-    assert ((ours == theirs) | tie).all(), f"{what}: {((ours != theirs) & ~tie).sum()} codes differ"
+    cell = (levels[ours.long()] - levels[theirs.long()]).abs()
+    apart = ((off[0] - off[1]).abs() / cell)[ours != theirs]
+    assert (apart <= 2**-14).all(), f"{what}: {(apart > 2**-14).sum()} codes differ, up to {apart.max()} of a cell"
     assert (ours != theirs).double().mean() < 0.01, what
 
 

@@ -18,7 +18,7 @@ HEAD_DIMS = (32, 64, 128, 256)
 KERNELS = ("forward", "row_statistics", "dkdv", "dq", "decode", "merge")
 ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
 NF4 = {"nf4 dequantize": (0,), "nf4 row": (1,), "nf4 product": (16, 32, 64), "nf4 sum": (0,)}  # rows, as "head_dim"
-GPTQ_KERNELS = {"int4 product": (16, 64), "int3 product": (16,), "int3 dequantize": (0,), "gptq columns": (0,)}
+GPTQ_KERNELS = {"int4 product": (1, 16, 64), "int3 product": (1, 16), "int3 dequantize": (0,), "gptq columns": (0,)}
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has Linux wheels only")
@@ -169,14 +169,21 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     types = {"X": f"*{dtype}", "Bias": f"*{dtype}", "Out": f"*{dtype}", "Plane0": "*i32", "Plane1": "*i32",
              "Scale": "*fp16", "Zero": "*u8", "Parts": "*fp32", "Counters": "*i32"}  # fmt: skip
     bits = 3 if kernel.startswith("int3") else 4
-    constants, warps, stages = {"BITS": bits, "RUN": 32, "GROUP": 128, "BLOCK_N": 32}, 4, 1
+    constants, warps = {"BITS": bits, "RUN": 32, "GROUP": 128, "BLOCK_N": 32}, 4
     function = kernel_product.dequantize_kernel
     if kernel.endswith("product"):
         function = kernel_product.product_kernel
         tile = kernel_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
-        constants |= {"PER": 4, "SPLIT": 4, "BLOCK_N": tile.rows, "BLOCK_M": tile.inputs, "HAS_BIAS": True}
-        constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
-        warps, stages = tile.warps, tile.stages
+        constants |= {"PER": 4, "SPLIT": True, "BLOCK_N": tile.rows, "HAS_BIAS": True}
+        if inputs == 1:
+            function, constants["BLOCK_B"] = (
+                kernel_product.row_kernel,
+                kernel_product.ONE_ROW // (32 * (32 if bits == 3 else 32 // bits)),
+            )
+        else:
+            constants |= {"BLOCK_M": tile.inputs, "STAGES": tile.stages}
+            constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
+        warps = tile.warps
     elif kernel == "gptq columns":
         function, warps = kernel_gptq.columns_kernel, kernel_gptq.WARPS
         types = dict.fromkeys(("W", "U", "Errors", "Scale", "Zero"), "*fp32") | {"Codes": "*u8", "Keep": "*u8"}
@@ -187,7 +194,7 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     attributes = aligned(names, signature)
-    return compiled(arch, function, signature, constants, attributes, num_warps=warps, num_stages=stages)
+    return compiled(arch, function, signature, constants, attributes, num_warps=warps)
 
 
 def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
@@ -197,12 +204,13 @@ def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     tile = launch_nf4.TILES[arch]
     function, outputs, warps = {
         "nf4 dequantize": (kernels_nf4.dequantize_kernel, 0, launch_nf4.DEQUANTIZE_WARPS),
-        "nf4 row": (kernels_nf4.row_kernel, launch_nf4.ROW_OUTPUTS, tile.warps),
+        "nf4 row": (kernels_nf4.row_kernel, launch_nf4.ROW_TILE.outputs, launch_nf4.ROW_TILE.warps),
         "nf4 product": (kernels_nf4.product_kernel, tile.outputs, tile.warps),
         "nf4 sum": (kernels_nf4.sum_splits_kernel, 0, 4),
     }[kernel]
     names = function.arg_names
-    sizes = {"BLOCK_M": rows, "BLOCK_N": outputs, "BLOCK_W": tile.words}
+    sizes = {"BLOCK_M": rows, "BLOCK_N": outputs, "BLOCK_B": launch_nf4.ROW_BLOCKS}
+    sizes["STAGES"] = launch_nf4.ROW_TILE.stages if kernel == "nf4 row" else tile.stages
     sizes["BLOCK_WORDS"] = 8
     sizes["TILE"] = launch_nf4.SUM_TILE if kernel == "nf4 sum" else launch_nf4.DEQUANTIZE_TILE
     flags = {
@@ -216,7 +224,7 @@ def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     types |= {"Levels": "*fp32" if kernel == "nf4 dequantize" else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
     attributes = aligned(names, signature, "numel", "columns", "blocks")
-    return compiled(arch, function, signature, constants, attributes, num_warps=warps, num_stages=tile.stages)
+    return compiled(arch, function, signature, constants, attributes, num_warps=warps)
 
 
 def find(arch: int, kernel: str, dtype: str, head_dim: int, tile):
