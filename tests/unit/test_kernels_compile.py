@@ -19,6 +19,9 @@ KERNELS = ("forward", "row_statistics", "dkdv", "dq", "decode", "merge")
 ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
 NF4 = {"nf4 dequantize": (0,), "nf4 row": (1,), "nf4 product": (16, 32, 64), "nf4 sum": (0,)}  # rows, as "head_dim"
 GPTQ_KERNELS = {"int4 product": (1, 16, 64), "int3 product": (1, 16), "int3 dequantize": (0,), "gptq columns": (0,)}
+PAGED = {"paged decode": (64, 128), "paged decode rows": (256,), "paged prompt": (64, 128)}
+PAGED_ONCE = ("paged sinks", "paged merge", "paged write", "rms norm", "silu gate")
+LOSS_ROWS = ("loss rows none", "loss rows forward_kl", "loss rows reverse_kl", "loss rows jsd", "loss multiply")
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has Linux wheels only")
@@ -31,11 +34,15 @@ def wanted(arch: int) -> set[tuple[str, str, int]]:
     if arch != 86:  # the same instructions as sm_80, and the same float32 tiles: only half precision has its own
         sizes |= {("fp32", dim) for dim in HEAD_DIMS if arch > 75 or dim <= 128}
     attention = {(kernel, dtype, dim) for kernel in KERNELS for dtype, dim in sizes}
+    attention |= {(kernel, half, dim) for kernel, dims in PAGED.items() for dim in dims}
     if arch == 86:
         return attention
     others = {(kernel, half, rows) for kernel, counts in (NF4 | GPTQ_KERNELS).items() for rows in counts}
     others |= {("nf4 product", "fp32", 64), ("nf4 product", "fp16", 16), ("nf4 row", "fp32", 1), ("nf4 row", "fp16", 1)}
     others |= {("int4 product", "fp32", 64), ("int4 product", "fp16", 16)}
+    others |= {("paged decode", "fp32", 128)} | {("paged decode", "fp32", 256) for _ in range(arch > 75)}
+    others |= {(kernel, half, 128) for kernel in PAGED_ONCE if arch == 90 or kernel != "paged sinks"}
+    others |= {(kernel, half, 0) for kernel in LOSS_ROWS if arch != 80} | {("loss rows jsd", "fp32", 0)}
     others |= {("adamw8bit", half, 0), ("adamw8bit", "fp32", 0), ("adamw8bit masked", half, 0)}
     return attention | others
 
@@ -104,6 +111,10 @@ def compile_kernel(arch: int, kernel: str, dtype: str, head_dim: int, tile, flag
         return compile_adamw8bit(arch, dtype, kernel.endswith("masked"))
     if kernel in GPTQ_KERNELS:
         return compile_quantization(arch, kernel, dtype, head_dim)
+    if kernel in PAGED or kernel in PAGED_ONCE:
+        return compile_paged(arch, kernel, dtype, head_dim)
+    if kernel in LOSS_ROWS:
+        return compile_loss_rows(arch, kernel, dtype)
     if kernel in NF4:
         return compile_nf4(arch, kernel, dtype, head_dim)
     function, tile = find(arch, kernel, dtype, head_dim, tile)
@@ -197,6 +208,28 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     return compiled(arch, function, signature, constants, attributes, num_warps=warps)
 
 
+def compile_loss_rows(arch: int, kernel: str, dtype: str):
+    """float32 logits and a gradient of `dtype` over them, a hard loss at another temperature, labels left out."""
+    from effnlp_lab.distillation import kernel_rows
+    from effnlp_lab.distillation.settings import KINDS
+
+    function, warps, constants = kernel_rows.multiply_kernel, kernel_rows.UNIT_WARPS, {"BLOCK": kernel_rows.UNIT_BLOCK}
+    types = {"X": f"*{dtype}", "Factor": "*fp32", "numel": "i64"}
+    if kernel != "loss multiply":
+        function, warps = kernel_rows.loss_rows_kernel, kernel_rows.WARPS
+        constants = {"KIND": KINDS.index(kernel.split()[-1]), "BLOCK": kernel_rows.BLOCK, "SAME": False}
+        constants |= dict.fromkeys(("HARD", "LABELS", "GRADIENT"), True)
+        types = dict.fromkeys(("Student", "Teacher", "Scale", "Losses"), "*fp32")
+        types |= {"Gradient": f"*{dtype}", "Labels": "*i64"}
+        types |= dict.fromkeys(("inverse_temperature", "beta", "soft_factor", "weight_hard"), "fp32")
+    names = function.arg_names
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    strides = ("student_stride", "teacher_stride", "gradient_stride")
+    attributes = aligned(names, signature, "vocabulary", *strides)
+    return compiled(arch, function, signature, constants, attributes, num_warps=warps)
+
+
 def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     """As a model launches it: scales in 8 bits, 16-bit levels from registers, a bias where no split needs a sum."""
     from effnlp_lab.adapters import kernels_nf4, launch_nf4
@@ -225,6 +258,45 @@ def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
     signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
     attributes = aligned(names, signature, "numel", "columns", "blocks")
     return compiled(arch, function, signature, constants, attributes, num_warps=warps)
+
+
+def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
+    """32 query heads on 8, pages of 16: decoding with 4 rows a key head and with as many as it takes, split."""
+    from effnlp_lab.attention.configurations import Tile
+    from effnlp_lab.paged import kernels, kernels_layer, tiles
+
+    decode, prompt = tiles.table()[arch, 4 if dtype == "fp32" else 2, head_dim]
+    tile = prompt if kernel == "paged prompt" else decode
+    rows = tile.queries if kernel in ("paged prompt", "paged decode rows") else 16
+    sinks = kernel == "paged sinks"
+    constants = {
+        "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "PAGE": 16, "BLOCK_D": head_dim, "BLOCK_M": rows,
+        "BLOCK_N": tile.keys, "SPLIT": kernel != "paged prompt", "WINDOW": sinks, "SINKS": sinks,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    function = kernels.paged_kernel
+    if kernel == "paged merge":
+        function, tile = kernels.merge_pages_kernel, Tile(0, 0, 4, 1)
+        constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": tiles.MAX_SPLITS}
+    elif kernel == "paged write":
+        function, tile = kernels.write_kernel, Tile(0, 0, 4, 1)
+        constants = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": head_dim, "PAGE": 16, "BLOCK_H": 32, "BLOCK_KV": 8}
+        constants |= {"BLOCK_HALF": head_dim // 2, "ROTARY": True, "SINKS": True}
+    elif kernel == "rms norm":
+        function, tile = kernels_layer.norm_kernel, Tile(0, 0, tiles.NORM_WARPS, 1)
+        constants = {"BLOCK": 4096, "ADD": True}
+    elif kernel == "silu gate":
+        function, tile, constants = kernels_layer.gate_kernel, Tile(0, 0, 4, 1), {"BLOCK": tiles.GATE_BLOCK}
+    if not sinks and function is kernels.paged_kernel:
+        constants["QSink"] = None
+    types = dict.fromkeys(("Partial", "Lse"), "*fp32") | dict.fromkeys(("tables", "rows", "lengths", "starts"), "*i32")
+    types |= {"slots": "*i64", "positions": "*i64", "qk_scale": "fp32", "eps": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    names = function.arg_names
+    signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
+    steps = [name for name in names if name.endswith("_stride") and name != "table_stride"]
+    attributes = aligned(names, signature, *steps)
+    return compiled(arch, function, signature, constants, attributes, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def find(arch: int, kernel: str, dtype: str, head_dim: int, tile):
