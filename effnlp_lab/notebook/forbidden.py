@@ -12,6 +12,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import symtable
 import sys
 import textwrap
 import types
@@ -162,12 +163,14 @@ def _used_names(answer: Callable, forbidden: tuple[str, ...], objects: dict[int,
             continue
         done.add(id(item))
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(item)))
+            source = textwrap.dedent(inspect.getsource(item))
+            tree, reached = ast.parse(source), _global_names(symtable.symtable(source, "answer", "exec"))
         except (OSError, TypeError, SyntaxError):
             continue  # built-ins and what was made by exec without source: the other nets remain
         scope = getattr(item, "__globals__", None) or getattr(
             sys.modules.get(getattr(item, "__module__", "")), "__dict__", {}
         )
+        scope = {name: scope[name] for name in reached if name in scope}  # arguments hide globals
         for node in ast.walk(tree):
             for name, value in _references(node, scope):
                 hit = objects.get(id(value)) or next(
@@ -178,6 +181,13 @@ def _used_names(answer: Callable, forbidden: tuple[str, ...], objects: dict[int,
                 elif _is_students(value, item):
                     waiting.append(value)
     return seen
+
+
+def _global_names(table: symtable.SymbolTable) -> set[str]:
+    """Names that some function or class of a source takes from the notebook, or the source's outermost lines use."""
+    outermost = table.get_type() == "module"
+    found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (outermost or s.is_global())}
+    return found.union(*map(_global_names, table.get_children()))
 
 
 def _references(node: ast.AST, scope: dict) -> Iterator[tuple[str, object]]:

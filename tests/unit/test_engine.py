@@ -83,6 +83,25 @@ def test_a_loop_that_swallows_exceptions_is_stopped():
     assert v.state == "timed out"
 
 
+def test_a_name_of_ones_own_hides_a_forbidden_module():
+    """`scipy` is the notebook's import here, and a parameter of the answer's, which a comprehension uses as well."""
+    import scipy
+
+    body = """
+def softmax(x):
+    def shifted(scipy):
+        return [x - scipy for _ in range(1)][0]
+    e = shifted(x.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+"""
+    for source, state in ((body, "correct"), (body.replace("def shifted(scipy)", "def shifted(other)"), "incorrect")):
+        answer = answer_from_source("99_toy", "softmax", source)
+        answer.__globals__["scipy"] = scipy
+        v = verdict_of("softmax", answer, seed=1)
+        assert v.state == state, v.sentence
+    assert "would answer for you" in v.sentence
+
+
 def test_prints_and_warnings_are_kept_out_and_told(capfd):
     v = verdict("""
 def softmax(x):
