@@ -139,9 +139,9 @@ def compare(
 
     unit: "s", or a rate ("MB/s", "TFLOP/s", ...) for which `work` is the bytes or operations of one run. Times are CUDA
     events on a GPU, else the clock. On a GPU the host's part is included, as a caller waits for it when a kernel is
-    short; `queued` leaves it out for all alike (see `timed`), and a note says so. in_a_row: runs between two events, for
-    kernels so short that the events themselves would count; what is kept is the time of one. Raises UsageError for an
-    unknown unit, a rate without work, and an unknown contestant.
+    short; `queued` leaves it out for all alike (see `timed`), and a note says so. in_a_row: runs between two events,
+    for kernels so short that the events themselves would count; what is kept is the time of one. Raises UsageError for
+    an unknown unit, a rate without work, and an unknown contestant.
     """
     missing = dict(missing or {})
     if unit not in UNITS:
@@ -174,8 +174,8 @@ def timed(work: Callable[[], Any], device: Device, *, queued: bool | float = Fal
     """Seconds of one run, the mean of `in_a_row`: between CUDA events on a GPU, by the clock elsewhere.
 
     With `queued` the GPU is kept busy for about a millisecond (or so many seconds) before the first event, while the
-    host starts the work: what is timed is then the GPU alone, as in a program that keeps it fed. Work that waits for the
-    GPU must not use it.
+    host starts the work: what is timed is then the GPU alone, as in a program that keeps it fed. Work that waits for
+    the GPU must not use it.
     """
     if device.kind != "cuda":
         start = time.perf_counter()
