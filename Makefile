@@ -11,13 +11,14 @@ else
     READY := .venv/installed
 endif
 
-.PHONY: help env demo test gpu build lint clean
+.PHONY: help env demo test gpu grading-bench build lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   a class of made-up students, graded from release to feedback"
 	@echo "make test   the whole test suite, with every notebook executed (on the CPU where there is no GPU)"
 	@echo "make gpu    the same on a CUDA device, where a skipped test is a failure"
+	@echo "make grading-bench  a class of 200 killed and resumed, 100,000 fuzzed inputs, and the speed beside nbgrader"
 	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
 	@echo "make lint   ruff, and whether the built notebooks match their masters"
 	@echo "make clean  remove build/ and caches"
@@ -41,6 +42,11 @@ test: $(READY)
 
 gpu: $(READY)
 	$(RUN) -m effnlp_lab test --device cuda
+
+grading-bench: $(READY)
+	EFFNLP_GRADING_SIZE=200 EFFNLP_FUZZ=100000 $(RUN) -m pytest tests/grading/test_class_scale.py \
+	    tests/grading/test_repair.py tests/grading/test_protocol.py --timeout 7200
+	$(RUN) -m effnlp_lab bench grading --device cpu
 
 build: $(READY)
 	$(RUN) -m effnlp_lab build

@@ -98,8 +98,12 @@ def mutate(
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
     sample: Annotated[int | None, typer.Option(help="At most so many mutants.", show_default="all")] = None,
     jobs: Annotated[int | None, typer.Option(help="Mutants at once.")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Grade them the way submissions are graded.")] = False,
 ) -> None:
     """Change the solutions in small ways and list the changes that no check notices."""
+    if sandbox:
+        given = [("--exercise", exercise), ("--sample", sample)]
+        _grading("mutate", [lab, *(part for name, value in given if value for part in (name, str(value)))])
     _finish(_load("effnlp_lab.mutate").main(match_lab(lab), exercise, sample, jobs))
 
 
@@ -138,6 +142,18 @@ def grade(context: typer.Context) -> None:
 def demo(context: typer.Context) -> None:
     """Grade a class of made-up students, from release to feedback."""
     _grading("demo", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def replay(context: typer.Context) -> None:
+    """Show a kept verdict again on this machine: `effnlp replay NOTEBOOK VERDICTS`."""
+    _grading("replay", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def repair(context: typer.Context) -> None:
+    """Rebuild a damaged submission from the release: `effnlp repair SUBMISSION`."""
+    _grading("repair", context.args)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

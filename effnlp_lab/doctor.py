@@ -212,7 +212,9 @@ def _bubblewrap() -> Finding:
         return Finding("bubblewrap", "ok", "starts a sandbox")
     if shutil.which("bwrap") is None:
         return Finding("bubblewrap", "missing", f"{error}; grading needs it", "apt-get install bubblewrap")
-    return Finding("bubblewrap", "missing", f"cannot start a sandbox: {error}", "allow user namespaces, or run as root")
+    remedy = "allow user namespaces (`sysctl user.max_user_namespaces`; on Ubuntu " \
+        "`sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`), or grade as root"
+    return Finding("bubblewrap", "missing", f"cannot start a sandbox: {error}", remedy)
 
 
 def _chromium() -> Finding:

@@ -48,7 +48,7 @@ c.CourseDirectory.feedback_directory = "grading/feedback"
 c.CourseDirectory.solution_directory = "grading/solution"
 c.CourseDirectory.source_with_tests_directory = "grading/source_with_tests"
 c.ZipCollectApp.downloaded_directory = "grading/downloaded"
-c.CourseDirectory.db_url = f"sqlite:///{GRADING / 'gradebook.db'}"
+c.CourseDirectory.db_url = os.environ.get("EFFNLP_GRADEBOOK") or f"sqlite:///{GRADING / 'gradebook.db'}"
 c.ExportPlugin.to = str(GRADING / "grades.csv")
 
 # nbgrader copies what lies beside a solved notebook into the release: masters, answers and receipts stay here.
@@ -62,17 +62,26 @@ c.CourseDirectory.ignore = [
 c.GenerateAssignment.force = True
 c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your answer goes here")'}
 
-# Checks limit each case themselves; these limits are for a cell that escapes them. A kernel imports torch first.
-c.ExecutePreprocessor.timeout = 900
-c.ExecutePreprocessor.startup_timeout = 180
-c.ExecutePreprocessor.iopub_timeout = 60
+# Nothing of a submission runs in this process or in a kernel: the proctor runs its cells in a sandbox, judges its
+# answers here, and writes verdict and report into each check's cell, which are then read strictly. Cells tagged `demo`
+# are not run. `c.GradeInProctor.sandbox = False` (or EFFNLP_SANDBOX=0) grades without a sandbox: students' code can
+# then do all that you can.
+c.RepairFromRelease.course = str(COURSE)
+c.GradeInProctor.course = str(COURSE)
 c.ExecutePreprocessor.skip_cells_with_tag = "demo"
+c.GenerateFeedback.exporter_class = "effnlp_grading.feedback.FeedbackExporter"
 c.LimitOutput.max_lines = 300
 c.LimitOutput.max_traceback = 60
-
-# After execution, and before points are saved, each check's result is read strictly.
+c.Autograde.sanitize_preprocessors = [
+    "effnlp_grading.preprocessors.RepairFromRelease",
+    "nbgrader.preprocessors.ClearOutput",
+    "nbgrader.preprocessors.DeduplicateIds",
+    "nbgrader.preprocessors.OverwriteKernelspec",
+    "nbgrader.preprocessors.OverwriteCells",
+    "nbgrader.preprocessors.CheckCellMetadata",
+]
 c.Autograde.autograde_preprocessors = [
-    "nbgrader.preprocessors.Execute",
+    "effnlp_grading.preprocessors.GradeInProctor",
     "effnlp_grading.verdicts.ReadVerdicts",
     "nbgrader.preprocessors.IgnorePattern",
     "nbconvert.preprocessors.ClearMetadataPreprocessor",

@@ -18,7 +18,11 @@ def check(exercise: str, answer: Callable, twin: Callable | None = None) -> floa
 
     Where an exercise has a PyTorch twin, the better of the two counts. Returns a plain float between 0 and the points;
     never raises for anything that an answer does. Raises EffnlpError for an exercise that does not exist.
+    While a submission is graded, this judges nothing: the proctor does, outside the process that runs the notebook.
     """
+    if os.environ.get("EFFNLP_GRADING"):
+        print(f"{exercise}: the grader judges this outside the notebook.")
+        return 0.0
     verdict = verdict_of(exercise, answer, twin)
     report.show(verdict)
     setting.current.scores[exercise] = verdict.score

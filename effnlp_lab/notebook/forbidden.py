@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import symtable
@@ -163,8 +164,7 @@ def _used_names(answer: Callable, forbidden: tuple[str, ...], objects: dict[int,
             continue
         done.add(id(item))
         try:
-            source = textwrap.dedent(inspect.getsource(item))
-            tree, reached = ast.parse(source), _global_names(symtable.symtable(source, "answer", "exec"))
+            tree, reached = _parsed(inspect.getsource(item))
         except (OSError, TypeError, SyntaxError):
             continue  # built-ins and what was made by exec without source: the other nets remain
         scope = getattr(item, "__globals__", None) or getattr(
@@ -181,6 +181,13 @@ def _used_names(answer: Callable, forbidden: tuple[str, ...], objects: dict[int,
                 elif _is_students(value, item):
                     waiting.append(value)
     return seen
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(source: str) -> tuple[ast.Module, set[str]]:
+    """The syntax tree of a function or class, and the names that it takes from the notebook."""
+    source = textwrap.dedent(source)
+    return ast.parse(source), _global_names(symtable.symtable(source, "answer", "exec"))
 
 
 def _global_names(table: symtable.SymbolTable) -> set[str]:

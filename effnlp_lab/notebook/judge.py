@@ -8,6 +8,7 @@ same everywhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import platform
 import time
@@ -86,8 +87,12 @@ def judge(
     variant: Variant | None = None,
     device: str = "cpu",
     budgets: bool = True,
+    guarded: bool = False,
 ) -> Verdict:
-    """Judge an answer on fresh cases drawn from `seed`; `ask` runs it on one case (driver.answer_case)."""
+    """Judge an answer on fresh cases drawn from `seed`; `ask` runs it on one case (driver.answer_case).
+
+    `guarded` is for answers of which anything may come: what cannot be compared with the reference is wrong, in words.
+    """
     variant = dict(variant if variant is not None else exercise.public_variant())
     verdict = Verdict(
         exercise.name, lab, "correct", 0.0, float(exercise.points), "", seed, variant, device, versions=versions()
@@ -107,7 +112,7 @@ def judge(
         if slow == 2:
             verdict.cases.append(CaseResult(case.name, case.part, "timed out", "not run: two cases had timed out"))
             continue
-        one = _ask_case(exercise, lab, reference, case, ask, seed, variant, device, budgets, first=number == 0)
+        one = _ask_case(exercise, lab, reference, case, ask, seed, variant, device, budgets, number == 0, guarded)
         if one.result.state == "not attempted" and answered:  # a class with one method to go, say: the rest counts
             one.result.state, one.result.sentence = "incorrect", "A blank that this case needs is still there."
         answered.append(one)
@@ -118,7 +123,8 @@ def judge(
         slow += one.result.state == "timed out"
     _conclude(verdict, exercise)
     if verdict.state in ("incorrect", "crashed", "timed out"):
-        verdict.mistakes = name_mistakes(exercise, lab, reference, answered, variant, device)
+        with contextlib.suppress(*((Exception,) if guarded else ())):
+            verdict.mistakes = name_mistakes(exercise, lab, reference, answered, variant, device)
     verdict.seconds = time.perf_counter() - started
     return verdict
 
@@ -157,6 +163,7 @@ def _ask_case(
     device: str,
     budgets: bool,
     first: bool,
+    guarded: bool,
 ) -> _Answered:
     seconds = case.seconds or exercise.seconds
     inputs = dict(case.inputs)
@@ -184,9 +191,15 @@ def _ask_case(
         case.name, case.part, "correct", seconds=time.perf_counter() - started, usage=response["observed"].get("usage")
     )
     notes = _notes(response["observed"])
-    result.state, result.sentence, result.details = _judge_response(
-        exercise, reference, case, inputs, response, variant, device, seconds, metered
-    )
+    try:
+        result.state, result.sentence, result.details = _judge_response(
+            exercise, reference, case, inputs, response, variant, device, seconds, metered
+        )
+    except Exception as error:
+        if not guarded:
+            raise
+        result.state = "incorrect"
+        result.sentence = f"Your answer cannot be compared with the right one ({type(error).__name__}: {error})."[:500]
     if result.state in ("incorrect", "crashed", "timed out") and "forbidden" not in result.details:
         result.details |= {f"input {name}": _shown(value) for name, value in inputs.items()}
     return _Answered(case, request, response, result, notes)
@@ -236,7 +249,28 @@ def read_response(data: bytes) -> dict[str, Any]:
         or "outputs" not in response
     ):
         raise wire.WireError("a response without status, outputs and observed")
+    _check_observed(response["observed"])
+    error = response.get("error") or {}
+    if not isinstance(error, dict) or not all(isinstance(v, str) for v in (*error, *error.values())):
+        raise wire.WireError("a response whose error is not told in words")
     return response
+
+
+_NAMES, _COUNT, _TEXT = ("forbidden", "changed", "aliases", "devices"), "_characters", ("stdout", "stderr")
+
+
+def _check_observed(observed: dict[str, Any]) -> None:
+    """Raise WireError where what a driver says that it observed has another form than a driver gives it."""
+    usage = observed.get("usage")
+    sound = (
+        all(isinstance(observed.get(name, []), list) for name in _NAMES)
+        and all(isinstance(item, str) for name in _NAMES for item in observed.get(name, []))
+        and all(type(observed.get(name + _COUNT, 0)) is int for name in _TEXT)
+        and all(isinstance(observed.get(name, ""), str) for name in _TEXT)
+        and (usage is None or (isinstance(usage, dict) and all(type(n) is int and n >= 0 for n in usage.values())))
+    )
+    if not sound:
+        raise wire.WireError("a response whose observations have another form than a driver gives them")
 
 
 def _judge_response(
@@ -274,6 +308,8 @@ def _judge_response(
         error = response.get("error") or {}
         text = f"Your answer raised {error.get('type')}: {error.get('message')}".rstrip(": ")
         return "crashed", text, {"at": error.get("where")} if error.get("where") else {}
+    if status == "died":
+        return "crashed", _sentence(str((response.get("error") or {}).get("message") or "Its process ended")), {}
     if status != "ok":
         return "crashed", "Your answer gave no response that can be read.", {}
     changed = [n for n in observed.get("changed", []) if n not in exercise.may_modify]
@@ -488,7 +524,10 @@ def answer_from_source(lab: str, exercise: str, source: str) -> Callable:
 
 def _run(source: str, name: str, space: dict[str, Any]) -> None:
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # Triton reads kernels' source back
-    exec(compile(source, name, "exec"), space)
+    exec(_compiled(source, name), space)
+
+
+_compiled = functools.lru_cache(maxsize=512)(functools.partial(compile, mode="exec"))  # a lab's given code comes often
 
 
 def _sentence(text: str) -> str:

@@ -55,7 +55,7 @@ def unpack(data: bytes, device: str | torch.device | None = None, limit: int = M
         layout, tree = head["layout"], head["json"]
         if not isinstance(layout, dict) or set(head) != {"json", "layout"}:
             raise WireError("a header with other keys than json and layout")
-        tensors = _rebuild(layout, storages, device)
+        tensors = _rebuild(layout, storages, device, limit)
         return _decode(tree, tensors, 0)
     except WireError:
         raise
@@ -150,8 +150,12 @@ def _short(value: Any) -> str:
         return ""
 
 
-def _rebuild(layout: dict, storages: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
-    """Lay views over the storages, refusing any that would look outside its storage."""
+def _rebuild(layout: dict, storages: dict[str, torch.Tensor], device, limit: int) -> dict[str, torch.Tensor]:
+    """Lay views over the storages, refusing any that would look outside its storage.
+
+    A stride of 0 lets a few bytes show as many as one likes: what all tensors show is limited too.
+    """
+    shown = 0
     placed = {name: s.to(device) if device is not None else s for name, s in storages.items()}
     tensors = {}
     for name, (shape, stride, offset, _, alias) in layout.items():
@@ -163,6 +167,9 @@ def _rebuild(layout: dict, storages: dict[str, torch.Tensor], device) -> dict[st
         span = 0 if empty else offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         if span > base.numel():
             raise WireError(f"tensor {name} looks outside its storage")
+        shown += math.prod(shape) * base.element_size()
+        if shown > limit:
+            raise WireError(f"tensors that show more than {limit:,} bytes")
         tensors[name] = base.as_strided(shape, stride, offset)
     return tensors
 
@@ -196,5 +203,5 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor], depth: int) -> Any:
             else Foreign("torch.dtype", body)
         )
     if tag == "$foreign":
-        return Foreign(str(body[0])[:200], str(body[1])[:200])
+        return Foreign(str(body[0])[:200] or "value", str(body[1])[:200])
     raise WireError(f"an unknown tag {tag!r}")

@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 something was not graded (or the demonstration went wrong), 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,10 +28,56 @@ def grade_verb(
     device: OnDevice = "auto",
     jobs: Jobs = None,
     force: Annotated[bool, typer.Option("--force", help="Grade again what has not changed.")] = False,
+    scheduler: Annotated[str | None, typer.Option(help="A Dask cluster.", show_default="this machine")] = None,
+    gradebook: Annotated[str | None, typer.Option(help="Its URL.", show_default="grading/gradebook.db")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox/--no-sandbox", help="Wall off students' code.")] = True,
 ) -> None:
-    """Autograde the submissions of a lab in grading/submitted/ and write feedback pages, with nbgrader."""
+    """Grade the submissions of a lab in grading/submitted/: gradebook, feedback pages, and a report on the class.
+
+    May be stopped at any moment: the same command goes on from there.
+    """
     names = [name.strip() for name in students.split(",") if name.strip()]
-    raise typer.Exit(main_grade(lab, names, device, jobs, force))
+    if gradebook:
+        os.environ["EFFNLP_GRADEBOOK"] = gradebook
+    confined = sandbox and os.environ.get("EFFNLP_SANDBOX", "1") != "0"
+    raise typer.Exit(main_grade(lab, names, device, jobs, force, scheduler, confined))
+
+
+@app.command("replay")
+def replay_verb(
+    notebook: Annotated[Path, typer.Argument(help="The notebook whose answer was judged.")],
+    verdicts: Annotated[Path, typer.Argument(help="Its verdicts: grading/verdicts/LAB/STUDENT.jsonl.")],
+    exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+) -> None:
+    """Judge answers again on the very cases of a verdict, on this machine, and say whether it comes out the same."""
+    from effnlp_grading.replay import main as replay
+
+    raise typer.Exit(replay(notebook, verdicts, exercise))
+
+
+@app.command("repair")
+def repair_verb(
+    submission: Annotated[Path, typer.Argument(help="A submitted notebook.")],
+    lab: Annotated[str | None, typer.Option(help="Its lab.", show_default="by the notebook's name")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write it.", show_default="over the old one")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing.")] = False,
+) -> None:
+    """Rebuild a submission from the release: what an editor lost, doubled or moved. Says what it did and cannot do."""
+    raise typer.Exit(main_repair(submission, lab, out, check))
+
+
+@app.command("mutate")
+def mutate_verb(
+    lab: Annotated[str, typer.Argument(metavar="LAB", help="A lab, such as 01_tokenization or 01.")],
+    exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+    sample: Annotated[int | None, typer.Option(help="At most so many mutants an exercise.", show_default="all")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Grade right answers and mutants of a lab's solutions in the sandbox, as submissions are graded."""
+    from effnlp_grading.mutants import main as mutate
+    from effnlp_lab.cli import match_lab
+
+    raise typer.Exit(mutate(match_lab(lab), exercise, sample, device))
 
 
 @app.command("demo")
@@ -53,10 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", jobs: int | None = None,
-               force: bool = False) -> int:
+               force: bool = False, scheduler: str | None = None, confined: bool = True) -> int:
     """Grade a lab's submissions, print a table, and return 0 when every one is graded, else 1."""
+    from effnlp_grading.autograde import grade_class
+    from effnlp_grading.class_report import write_class_report
     from effnlp_grading.course import find_course
-    from effnlp_grading.grade import grade
     from effnlp_lab.cli import match_lab
 
     course, name = find_course(), match_lab(lab)
@@ -69,15 +117,46 @@ def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", job
     chosen = [student for student in present if not students or student in students]
     pairs = [(name, student) for student in chosen]
     with progress(len(chosen), f"grading {name}") as show:
-        results = grade(course, pairs, device=device, jobs=jobs, force=force, show=show)
+        results = grade_class(course, pairs, device=device, jobs=jobs, force=force, show=show, scheduler=scheduler,
+                              confined=confined)
     _print_table(results)
+    for result in results:
+        for sentence in result.look:
+            print(f"{result.student}: {sentence}")
     lost = [result for result in results if result.state == "not graded"]
     for result in lost:
         log = course.log(result.student, name)
         print(f"{result.student}: not graded: {result.message}{f' (log: {log})' if log.is_file() else ''}")
     pages = course.root / "grading" / "feedback"
-    print(f"{len(results) - len(lost)} of {len(results)} graded; feedback pages in {pages}")
+    page = write_class_report(course, name, {result.student: result for result in results})
+    print(f"{len(results) - len(lost)} of {len(results)} graded; feedback pages in {pages}; the class: {page}")
     return 1 if lost else 0
+
+
+def main_repair(submission: Path, lab: str | None = None, out: Path | None = None, check: bool = False) -> int:
+    """Repair a notebook, print what was done, and return 0 when it is whole, 1 when an answer is lost."""
+    import nbformat
+
+    from effnlp_grading.course import find_course
+    from effnlp_grading.repair import repair_file
+    from effnlp_lab import exercises
+    from effnlp_lab.cli import match_lab
+
+    if not submission.is_file():
+        raise UsageError(f"There is no file {submission}: name a submitted notebook.")
+    spec = exercises.lab(match_lab(lab or submission.stem))
+    release = find_course().root / "labs" / spec.name / f"{spec.notebook}.ipynb"
+    done = repair_file(submission, nbformat.read(release, as_version=4))
+    for sentence in done.sentences:
+        print(sentence)
+    if not check:
+        nbformat.write(done.notebook, out or submission)
+    if done.lost:
+        print(f"{submission} is not whole: {', '.join(done.lost)} cannot be given back.")
+        return 1
+    state = "needs no repair" if not done.sentences else "can be repaired" if check else "is whole"
+    print(f"{submission} {state}.")
+    return 0
 
 
 def main_demo(device: str = "auto", jobs: int | None = None, out: Path | None = None) -> int:

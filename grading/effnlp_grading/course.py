@@ -40,6 +40,11 @@ class Course:
     def gradebook(self) -> Path:
         return self.root / "grading" / "gradebook.db"
 
+    @property
+    def db_url(self) -> str:
+        """The gradebook's URL: EFFNLP_GRADEBOOK (PostgreSQL's, say), else the SQLite file in grading/."""
+        return os.environ.get("EFFNLP_GRADEBOOK") or f"sqlite:///{self.gradebook}"
+
     def submission(self, student: str, lab: str) -> Path:
         return self._notebook("submitted", student, lab)
 
@@ -60,19 +65,6 @@ class Course:
         name = f"{exercises.lab(lab).notebook}.ipynb"
         return sorted(path.parent.parent.name for path in self.submitted.glob(f"*/{lab}/{name}"))
 
-    def lost_cells(self, student: str, lab: str) -> list[str]:
-        """Answer cells of the release that a submission no longer has (or whose metadata it has lost)."""
-        import nbformat
-
-        def answers(path: Path) -> list[str]:
-            cells = nbformat.read(path, as_version=4).cells
-            metadata = [cell.metadata.get("nbgrader", {}) for cell in cells]
-            return [one["grade_id"] for one in metadata if one.get("solution")]
-
-        there = answers(self.submission(student, lab))
-        release = self.root / "labs" / lab / self.submission(student, lab).name
-        return [name for name in answers(release) if name not in there]
-
     def nbgrader(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
         """Run an nbgrader command as an instructor types it; return what it says. Raises UsageError if it fails."""
         done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=self.root, text=True, check=False,
@@ -82,12 +74,16 @@ class Course:
             raise UsageError(f"`nbgrader {' '.join(arguments)}` failed in {self.root}: {last_words(done.stdout)}")
         return done.stdout
 
+    @property
+    def _patient_url(self) -> str:
+        return f"{self.db_url}?timeout=120" if self.db_url.startswith("sqlite:") else self.db_url
+
     def grades(self, lab: str) -> dict[str, Grade]:
         """What the gradebook holds of a lab: student -> Grade."""
         from nbgrader.api import Gradebook, MissingEntry
 
         found = {}
-        with Gradebook(f"sqlite:///{self.gradebook}?timeout=120") as book:
+        with Gradebook(self._patient_url) as book:
             try:
                 submissions = book.assignment_submissions(lab)
             except MissingEntry:
@@ -102,9 +98,9 @@ class Course:
         """Whether the gradebook knows the lab, which `nbgrader generate_assignment` sees to."""
         from nbgrader.api import Gradebook, MissingEntry
 
-        if not self.gradebook.is_file():
+        if self.db_url.startswith("sqlite:") and not self.gradebook.is_file():
             return False
-        with Gradebook(f"sqlite:///{self.gradebook}?timeout=120") as book:
+        with Gradebook(self._patient_url) as book:
             try:
                 return bool(book.find_assignment(lab).notebooks)
             except MissingEntry:

@@ -16,10 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from effnlp_grading import sample_class
+from effnlp_grading.autograde import grade_class
 from effnlp_grading.course import CONFIGURATION, Course, find_course
-from effnlp_grading.grade import Result, grade
 from effnlp_grading.progress import progress
 from effnlp_grading.report import Demonstration, write
+from effnlp_grading.results import Result
 from effnlp_lab import exercises, runner
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import UsageError
@@ -102,7 +103,7 @@ def _grade(shown: Demonstration, jobs: int | None) -> None:
     """Grade the class, and export the gradebook."""
     pairs = [(lab.name, student) for lab in shown.labs if lab.graded for student in sample_class.CLASS]
     with progress(len(pairs), "3 of 4: grading") as show:
-        shown.results = grade(shown.course, pairs, device=shown.device.kind, jobs=jobs, show=show,
+        shown.results = grade_class(shown.course, pairs, device=shown.device.kind, jobs=jobs, show=show,
                               environment={"EFFNLP_SEED": str(SEED), "EFFNLP_FAST": "1"})
     if pairs:
         shown.course.nbgrader("export")

@@ -15,7 +15,7 @@ from typing import Any
 
 from effnlp_grading import sample_class
 from effnlp_grading.course import Course
-from effnlp_grading.grade import Result
+from effnlp_grading.results import Result
 from effnlp_lab import runner
 from effnlp_lab.device import Device
 from effnlp_lab.exercises.spec import Lab

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "grading"))
 
 from effnlp_grading import demo, sample_class  # noqa: E402
+from effnlp_grading.autograde import grade_class  # noqa: E402
 from effnlp_grading.course import Course  # noqa: E402
-from effnlp_grading.grade import grade  # noqa: E402
 
 from effnlp_lab import exercises  # noqa: E402
 from effnlp_lab.master import Master, read_master  # noqa: E402
@@ -65,7 +65,7 @@ def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Cl
             for student in STUDENTS:
                 _submit(course, master, student, written[student])
             pairs = [(LAB, student) for student in STUDENTS]
-            grade(course, pairs, device="cpu", environment={"EFFNLP_SEED": str(SEED), "EFFNLP_FAST": "1"})
+            grade_class(course, pairs, device="cpu", environment={"EFFNLP_SEED": str(SEED), "EFFNLP_FAST": "1"})
             (shared / "graded_class.done").touch()
     return Class(course, master, written)
 

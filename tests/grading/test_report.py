@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from effnlp_grading import demo, report, sample_class
-from effnlp_grading.grade import Result
+from effnlp_grading.results import Result
 
 from effnlp_lab.device import resolve
 from effnlp_lab.notebook.receipt import Receipt

@@ -23,8 +23,9 @@ from effnlp_lab.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base", "playwright": "playwright-python"}
-CONDA_ONLY = {"python", "pip", "bubblewrap"}
+CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base", "playwright": "playwright-python",
+               "psycopg2-binary": "psycopg2"}
+CONDA_ONLY = {"python", "pip", "bubblewrap", "postgresql"}
 NOT_ON_A_CPU = {"flash-attn", "liger-kernel", "nvidia-ml-py"}
 PACKAGED = {".py", ".json", ".html", ".css", ".md", ".txt", ".safetensors"}
 

@@ -1,0 +1,120 @@
+"""The page on a class: how each exercise went, the commonest mistakes by name, time, what needs a person; and CSVs."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from effnlp_grading.course import Course, Grade
+from effnlp_grading.preprocessors import record_path
+from effnlp_grading.records import read_record
+from effnlp_grading.results import Result
+from effnlp_lab import exercises
+from effnlp_lab.exercises.spec import Lab
+
+TEMPLATE = Path(__file__).with_name("class_report.html")
+BANDS = ("none", "up to half", "more than half", "full")
+COMMONEST = 5
+
+
+@dataclass
+class ExerciseSummary:
+    """One exercise over a class: how many students in each band of points, states, mistakes, seconds of judging."""
+
+    name: str
+    points: float
+    mean: float = 0.0
+    bands: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BANDS, 0))
+    states: Counter = field(default_factory=Counter)
+    mistakes: list[tuple[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def write_class_report(course: Course, lab: str, results: Mapping[str, Result]) -> Path:
+    """Write grading/reports/LAB/index.html with nbgrader.csv and canvas.csv beside it; return the page."""
+    import jinja2
+
+    spec = exercises.lab(lab)
+    folder = course.root / "grading" / "reports" / lab
+    folder.mkdir(parents=True, exist_ok=True)
+    grades = course.grades(lab)
+    kept = {student: read_record(record_path(course.root / "grading", lab, student)) for student in grades}
+    write_nbgrader_csv(course, lab, folder / "nbgrader.csv")
+    write_canvas_csv(spec, grades, folder / "canvas.csv")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                     undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        lab=spec, grades=grades, bands=BANDS, exercises=summarize(spec, grades, kept),
+        scores=[grade.score for grade in grades.values()], mean=_mean([grade.score for grade in grades.values()]),
+        median=statistics.median([g.score for g in grades.values()]) if grades else 0.0,
+        seconds=sum(v.get("seconds", 0.0) for verdicts in kept.values() for v in verdicts),
+        look=needs_a_person(results, kept), missing=[r for r in results.values() if r.state == "not graded"])
+    (folder / "index.html").write_text(page, "utf-8")
+    return folder / "index.html"
+
+
+def summarize(lab: Lab, grades: Mapping[str, Grade], kept: Mapping[str, list[dict[str, Any]]]) -> list[ExerciseSummary]:
+    """One summary an exercise, in the lab's order."""
+    found = []
+    for exercise in [e for e in lab.exercises if e.twin_of is None]:
+        one = ExerciseSummary(exercise.name, float(exercise.points))
+        verdicts = [v for verdicts in kept.values() for v in verdicts if v["exercise"] == exercise.name]
+        points = [grade.exercises[exercise.name][0] for grade in grades.values() if exercise.name in grade.exercises]
+        one.mean = _mean(points)
+        for got in points:
+            one.bands[band(got, one.points)] += 1
+        one.states = Counter(v["state"] for v in verdicts)
+        one.mistakes = Counter(m for v in verdicts for m in v.get("mistakes", [])).most_common(COMMONEST)
+        one.seconds = _mean([v.get("seconds", 0.0) for v in verdicts])
+        found.append(one)
+    return found
+
+
+def band(got: float, most: float) -> str:
+    """In which of BANDS points fall."""
+    if got <= 0:
+        return "none"
+    if got >= most:
+        return "full"
+    return "up to half" if got <= most / 2 else "more than half"
+
+
+def needs_a_person(results: Mapping[str, Result], kept: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """(student, sentence): submissions that could not be graded or were mended, and whatever was odd about them."""
+    found = [(r.student, r.message) for r in results.values() if r.state == "not graded"]
+    found += [(r.student, sentence) for r in results.values() for sentence in r.look]
+    found += [(student, sentence) for student, verdicts in kept.items() for v in verdicts for sentence in
+              v.get("look", [])]
+    return list(dict.fromkeys(found))
+
+
+def write_nbgrader_csv(course: Course, lab: str, path: Path) -> None:
+    """The export of nbgrader's own plugin, of one lab."""
+    from nbgrader.api import Gradebook
+    from nbgrader.plugins import CsvExportPlugin
+
+    plugin = CsvExportPlugin()
+    plugin.to, plugin.assignment = str(path), [lab]
+    with Gradebook(course.db_url) as book:
+        plugin.export(book)
+
+
+def write_canvas_csv(lab: Lab, grades: Mapping[str, Grade], path: Path) -> None:
+    """The form that Canvas imports: a row of points possible, then a row a student, by SIS user id."""
+    title = f"Lab {lab.number}: {lab.title}"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title])
+        rows.writerow(["    Points Possible", "", "", "", "", f"{lab.points:g}"])
+        for student, grade in sorted(grades.items()):
+            name = "'" + student if student[:1] in "=+-@\t" else student  # a spreadsheet must not run it
+            rows.writerow([name, "", student, student, "", f"{grade.score:g}"])
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values) if values else 0.0

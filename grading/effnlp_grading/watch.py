@@ -1,0 +1,145 @@
+"""Looks at a session from outside: its processes, the time they have worked, and the memory they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TICKS = os.sysconf("SC_CLK_TCK")
+GPU_INTERVAL = 0.25
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Processes of a session, seconds they worked, and bytes of memory that are not files'."""
+
+    processes: int
+    worked: float
+    memory: int
+
+
+def usage(root: int, baseline: int = 0) -> Usage:
+    """What process `root` and its descendants use; `baseline` bytes a process are the warm parent's, and shared."""
+    count, worked, memory = 0, 0.0, 0
+    for process in tree(root):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            worked += sum(map(int, fields[11:15])) / TICKS
+            memory += max(0, held(process) - baseline)
+            count += 1
+    return Usage(count, worked, memory)
+
+
+def shared_out(root: int) -> int:
+    """Bytes of memory that a process and its descendants hold, what they share being counted once. Slow, and exact."""
+    total = 0
+    for process in tree(root):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
+def held(process: int) -> int:
+    """Bytes of anonymous and shared memory that a process holds."""
+    total = 0
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:")):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def tree(root: int) -> list[int]:
+    """A process and its descendants, as far as they can be seen."""
+    found, waiting = [], [root]
+    while waiting:
+        process = waiting.pop()
+        found.append(process)
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{process}/task"):
+                with contextlib.suppress(OSError):
+                    waiting += map(int, Path(f"/proc/{process}/task/{task}/children").read_text().split())
+    return found
+
+
+class GpuWatch:
+    """Memory on the card, from outside: NVML's word on our processes, or `nvidia-smi`'s.
+
+    In a container both may know processes by other numbers than ours: then what the whole card has gained since the
+    watch began counts, which is right where nobody else uses the card. Nothing but MIG or MPS enforces a limit; a
+    session above it is ended, after up to a quarter of a second.
+    """
+
+    def __init__(self) -> None:
+        self._nvml = _nvml()
+        self._next = 0.0
+        self._last = 0
+        self._before = self._card() if self.works else 0
+
+    @property
+    def works(self) -> bool:
+        return self._nvml is not None or shutil.which("nvidia-smi") is not None
+
+    def used(self, root: int) -> int:
+        """Bytes that the processes under `root` hold on the card; looks at most four times a second."""
+        if not self.works or time.monotonic() < self._next:
+            return self._last
+        self._next = time.monotonic() + GPU_INTERVAL
+        ours, known = set(tree(root)), self._by_process()
+        mine = [used for process, used in known.items() if process in ours]
+        self._last = sum(mine) if mine else max(0, self._card() - self._before)
+        return self._last
+
+    def _card(self) -> int:
+        if self._nvml is not None:
+            with contextlib.suppress(Exception):
+                return sum(int(self._nvml.nvmlDeviceGetMemoryInfo(h).used) for h in self._handles())
+        return sum(row[0] for row in _smi("--query-gpu=memory.used")) << 20
+
+    def _by_process(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        if self._nvml is not None:
+            with contextlib.suppress(Exception):
+                for handle in self._handles():
+                    for one in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                        found[one.pid] = found.get(one.pid, 0) + int(one.usedGpuMemory or 0)
+                return found
+        for row in _smi("--query-compute-apps=pid,used_memory"):
+            if len(row) == 2:
+                found[row[0]] = found.get(row[0], 0) + (row[1] << 20)
+        return found
+
+    def _handles(self) -> list:
+        return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
+
+
+def _nvml():
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml
+    except Exception:  # not installed, or no driver
+        return None
+
+
+def _smi(query: str) -> list[list[int]]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        said = subprocess.run([program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                              timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = []
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append([int(part) for part in line.split(",")])
+    return rows

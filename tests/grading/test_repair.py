@@ -1,0 +1,159 @@
+"""Submissions that editors or students damaged: rebuilt on the release, or refused by name, never taken for whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+
+import nbformat
+import pytest
+from classes import LAB, ROOT, master_of
+from effnlp_grading import sample_class
+from effnlp_grading.repair import RepairError, read_submission, repair
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+FUZZ = int(os.environ.get("EFFNLP_FUZZ", "2000")) // 3  # 100,000 in `make grading-bench`
+RELEASE = nbformat.read(ROOT / "labs" / LAB / "tokenization.ipynb", as_version=4)
+MASTER = master_of()
+ANSWERS = sample_class.answers("perfect", MASTER)
+SUBMITTED = sample_class.submission(RELEASE, ANSWERS)
+
+
+def answers_of(notebook) -> dict[str, str]:
+    found = {c.metadata.get("nbgrader", {}).get("grade_id"): c.source for c in notebook.cells}
+    return {name: source for name, source in found.items() if name in ANSWERS}
+
+
+def is_whole(notebook) -> bool:
+    """The release's cells, in order, with its metadata: what nbgrader needs."""
+    ours = [c for c in notebook.cells if c.metadata.get("nbgrader")]
+    theirs = [c for c in RELEASE.cells if c.metadata.get("nbgrader")]
+    return [c.metadata.nbgrader for c in ours] == [c.metadata.nbgrader for c in theirs] and all(
+        a.source == b.source for a, b in zip(ours, theirs, strict=True) if not b.metadata.nbgrader.solution)
+
+
+def _drop_metadata(notebook):
+    for cell in notebook.cells:
+        cell.metadata = {}
+
+
+def _drop_metadata_and_ids(notebook):
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata, cell["id"] = {}, f"colab{number}"
+
+
+def _shuffle(notebook):
+    random.Random(1).shuffle(notebook.cells)
+
+
+def _double(notebook):
+    notebook.cells = [copy.deepcopy(c) for cell in notebook.cells for c in (cell, cell)]
+
+
+def _split(notebook):
+    place = next(i for i, c in enumerate(notebook.cells) if c.metadata.get("nbgrader", {}).get("solution"))
+    first, *rest = notebook.cells[place].source.split("\n")
+    notebook.cells[place].source = "import math"
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join([first, *rest])))
+
+
+def _delete_given(notebook):
+    notebook.cells = [c for c in notebook.cells if not c.metadata.get("nbgrader", {}).get("locked")]
+
+
+def _edit_checks(notebook):
+    for cell in notebook.cells:
+        if cell.metadata.get("nbgrader", {}).get("grade"):
+            cell.source = "10.0"
+
+
+@pytest.mark.parametrize("damage", [_drop_metadata, _drop_metadata_and_ids, _shuffle, _double, _delete_given,
+                                    _edit_checks])
+def test_answers_come_back(damage):
+    notebook = copy.deepcopy(SUBMITTED)
+    damage(notebook)
+    done = repair(notebook, RELEASE)
+    assert is_whole(done.notebook) and answers_of(done.notebook) == answers_of(SUBMITTED)
+    assert done.mended and not done.lost
+    nbformat.validate(done.notebook)
+
+
+def test_whole_submission_is_left_as_it_is():
+    done = repair(copy.deepcopy(SUBMITTED), RELEASE)
+    assert done.sentences == [] and [c.source for c in done.notebook.cells] == [c.source for c in SUBMITTED.cells]
+
+
+def test_split_answer_still_runs_as_one():
+    notebook = copy.deepcopy(SUBMITTED)
+    _split(notebook)
+    done = repair(notebook, RELEASE)
+    sources = [c.source for c in done.notebook.cells if c.cell_type == "code"]
+    first = next(iter(ANSWERS))
+    assert sources.index("import math") < next(i for i, s in enumerate(sources) if s.startswith(f"def {first}"))
+    assert next(i for i, s in enumerate(sources) if s.startswith(f"def {first}")) < sources.index(
+        f'check("{first}", {first})')
+
+
+def test_own_cells_keep_their_place():
+    notebook = copy.deepcopy(SUBMITTED)
+    place = next(i for i, c in enumerate(notebook.cells) if c.metadata.get("nbgrader", {}).get("solution"))
+    notebook.cells.insert(place, nbformat.v4.new_code_cell("mine = 1"))
+    done = repair(notebook, RELEASE)
+    assert done.notebook.cells[place].source == "mine = 1" and not done.sentences
+
+
+def test_lost_answer_is_named():
+    notebook = copy.deepcopy(SUBMITTED)
+    lost = next(iter(ANSWERS))
+    notebook.cells = [c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") != lost]
+    done = repair(notebook, RELEASE)
+    assert done.lost == [lost] and any(lost in sentence and "gone" in sentence for sentence in done.sentences)
+    assert is_whole(done.notebook)
+
+
+@pytest.mark.parametrize(("data", "why"), [
+    (b"", "not JSON"), (b"{]", "not JSON"), (b"[]", "an object with cells"), (b"{}", "no list of cells"),
+    (b"[" * 100_000, "not JSON"), (b"\xff\xfe", "not JSON"), (b"<<<<<<< HEAD\n{}", "not JSON"),
+    (json.dumps({"cells": [{}] * 6_000}).encode(), "6,000 cells"),
+])
+def test_what_is_no_notebook_is_refused_by_name(data, why):
+    with pytest.raises(RepairError, match="The work of ada.*") as error:
+        read_submission(data, "The work of ada")
+    assert why in str(error.value)
+
+
+def test_another_notebook_is_refused():
+    with pytest.raises(RepairError, match="no cell of the released notebook"):
+        repair(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1)")]), RELEASE)
+
+
+def test_version_3_and_odd_fields_are_read():
+    cell = {"cell_type": "code", "input": ["x = 1\n", "y = 2"], "metadata": None}
+    old = {"nbformat": 3, "worksheets": [{"cells": [cell, None]}]}
+    assert [c.source for c in read_submission(json.dumps(old).encode()).cells] == ["x = 1\ny = 2"]
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+                    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=12), v, max_size=4),
+                    max_leaves=8)
+KEYS = st.sampled_from(["cell_type", "source", "metadata", "id", "outputs", "nbgrader", "input", "tags"])
+VALUES = JSON | st.sampled_from(["code", "markdown", *ANSWERS, *(c.source for c in RELEASE.cells[:40])])
+CELL = st.dictionaries(KEYS, VALUES, max_size=6) | JSON
+
+
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(st.lists(CELL, max_size=6), st.binary(max_size=40), st.lists(st.integers(0, 60), max_size=4))
+def test_anything_is_repaired_or_refused(cells, noise, kept):
+    """Whatever comes: a whole notebook with something said, or a RepairError, and nothing else."""
+    whole = [dict(SUBMITTED.cells[i % len(SUBMITTED.cells)]) for i in kept]
+    data = json.dumps({"cells": cells + whole, "metadata": 1}, default=str).encode("utf-8", "surrogatepass")
+    for one in (data, data[: len(data) // 2] + noise, noise):
+        try:
+            done = repair(read_submission(one), RELEASE)
+        except RepairError:
+            continue
+        assert is_whole(done.notebook) and (done.sentences or answers_of(done.notebook) == answers_of(SUBMITTED))
+        nbformat.validate(done.notebook)
