@@ -7,9 +7,10 @@ meter pauses inside Triton's interpreter, whose copies are not the kernel's.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class Meter(TorchDispatchMode):
         if not getattr(func, "is_view", False):
             self.usage.launches += 1
             self.usage.bytes_moved += sum(map(_visible_bytes, inputs)) + sum(map(_visible_bytes, outputs))
-            formula = flop_registry.get(getattr(func, "overloadpacket", func))
+            formula = _formula_of(getattr(func, "overloadpacket", func))
             if formula is not None:
                 self.usage.flops += int(formula(*args, **kwargs, out_val=out))
         return out
@@ -121,6 +122,14 @@ def measure(function, *args, **kwargs) -> tuple[Any, Usage]:
     with Meter() as meter:
         result = function(*args, **kwargs)
     return result, meter.usage
+
+
+@functools.cache
+def _formula_of(operation: Any) -> Callable | None:
+    """How many operations it makes; in place as many as otherwise (torch lists `addmm`, and not `addmm_`)."""
+    name = getattr(operation, "__name__", "")
+    plain = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return flop_registry.get(operation) or flop_registry.get(plain)
 
 
 def _tensors(values: tuple) -> list[torch.Tensor]:

@@ -40,6 +40,13 @@ def test_flops_are_torchs_own():
     assert measure(lambda: model(x).sum().backward())[1].flops == counter.get_total_flops() > 0
 
 
+def test_products_in_place_count_as_others_do():
+    x, a, b = torch.zeros(5, 7), torch.randn(5, 3), torch.randn(3, 7)
+    assert measure(lambda: x.addmm_(a, b))[1].flops == measure(lambda: torch.addmm(x, a, b))[1].flops == 2 * 5 * 3 * 7
+    batch = [torch.randn(2, *t.shape) for t in (x, a, b)]
+    assert measure(lambda: batch[0].baddbmm_(*batch[1:]))[1].flops == 2 * 2 * 5 * 3 * 7
+
+
 def test_saved_activations_are_live_until_backward():
     x = torch.randn(100, 100, requires_grad=True)
     with torch.no_grad():
