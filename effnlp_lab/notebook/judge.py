@@ -492,17 +492,17 @@ def _slips_alike(
         response = read_response(answer_case(request, wrong))
         inputs = dict(one.case.inputs)
         judged = _judge_response(exercise, reference, one.case, inputs, response, variant, device, 0.0, False)
-    except Exception:
+        if judged[0] == "correct" and one.result.state == "incorrect":
+            return False
+        if response["status"] != one.response["status"]:
+            return False
+        if response["status"] == "ok":
+            same_changes = response["observed"].get("changed") == one.response["observed"].get("changed")
+            return same_changes and reference.same_slip(one.response["outputs"], response["outputs"])
+        if response["status"] == "raised":
+            return (response.get("error") or {}).get("type") == (one.response.get("error") or {}).get("type")
+    except Exception:  # of the mistake's, or of comparing it with what an answer gave: another slip, then
         return False
-    if judged[0] == "correct" and one.result.state == "incorrect":
-        return False
-    if response["status"] != one.response["status"]:
-        return False
-    if response["status"] == "ok":
-        same_changes = response["observed"].get("changed") == one.response["observed"].get("changed")
-        return same_changes and reference.same_slip(one.response["outputs"], response["outputs"])
-    if response["status"] == "raised":
-        return (response.get("error") or {}).get("type") == (one.response.get("error") or {}).get("type")
     return True
 
 
