@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
-from effnlp_grading.inside.walls import PRIVATE_FOLDERS, Walls
+from effnlp_grading.inside.walls import PRIVATE_FOLDERS, SCRATCH, Walls
 from effnlp_grading.limits import DEFENCES, Limits
 from effnlp_grading.masks import ABSENT, KIT, kit_masks, library_masks, masked_modules
 from effnlp_lab import exercises
@@ -182,7 +182,7 @@ class Sandbox(contextlib.AbstractContextManager):
             scratch=limits.scratch if "scratch" in held else 8 << 30,
             processes=limits.processes if "processes" in held else 4096,
             uid=60_000 + os.getpid() % 5_000, apart="spaces" in held, private="scratch" in held,
-            filtered="calls" in held)
+            filtered="calls" in held, kept=_folders_in_scratch())
 
     def _command(self, descriptor: int) -> list[str]:
         # without --die-with-parent: it would count a thread's end; the warm parent sees its socket's end instead
@@ -201,9 +201,9 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def _mounts(self) -> list[str]:
         paths = list(dict.fromkeys([*SYSTEM, *map(str, _python_folders())]))
-        arguments = ["--tmpfs", "/"]
+        arguments = ["--tmpfs", "/", "--perms", "1777", "--tmpfs", SCRATCH]
         for parent in dict.fromkeys(str(p) for path in paths for p in reversed(Path(path).parents) if p.name):
-            if not parent.startswith("/usr"):  # bubblewrap's own would be closed to the session's user
+            if not parent.startswith("/usr") and parent != SCRATCH:  # bubblewrap's own would be closed to the session
                 arguments += ["--perms", "0755", "--dir", parent]
         arguments += ["--perms", "0755", "--dir", "/kit"]
         for path in paths:
@@ -217,7 +217,8 @@ class Sandbox(contextlib.AbstractContextManager):
                 arguments += ["--bind", str(folder), str(folder)]
         arguments += ["--proc", "/proc", "--dev", "/dev"]
         for folder in PRIVATE_FOLDERS:
-            arguments += ["--perms", "1777", "--tmpfs", folder]
+            if folder != SCRATCH:
+                arguments += ["--perms", "1777", "--tmpfs", folder]
         arguments += ["--ro-bind", str(KIT), "/kit/effnlp_lab", "--ro-bind", str(INSIDE), "/kit/effnlp_inside"]
         arguments += ["--setenv", "PYTHONPATH", "/kit"]
         if "masks" in self.defences:
@@ -337,6 +338,12 @@ def _python_folders() -> Iterator[Path]:
         real = folder.resolve()
         if real != folder:
             yield real
+
+
+def _folders_in_scratch() -> tuple[str, ...]:
+    """Python's folders that lie in the scratch folders, outermost ones alone."""
+    inside = sorted({str(p) for p in _python_folders() if any(p.is_relative_to(f) for f in PRIVATE_FOLDERS)})
+    return tuple(p for p in inside if not any(p != q and Path(p).is_relative_to(q) for q in inside))
 
 
 def _own_folders() -> Iterator[Path]:

@@ -19,7 +19,7 @@ from typing import Any
 
 NEWNS, NEWUSER, NEWPID, NEWIPC = 0x20000, 0x10000000, 0x20000000, 0x08000000
 _NEW_ANY = 0x7E020000 | 0x80  # every CLONE_NEW* flag
-_NOSUID, _NODEV, _NOEXEC, _REC, _PRIVATE = 2, 4, 8, 1 << 14, 1 << 18
+_NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _CAPBSET_DROP, _SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 SCRATCH = "/tmp"
 PRIVATE_FOLDERS = (SCRATCH, "/dev/shm")
@@ -30,7 +30,8 @@ class Walls:
     """What holds for one submission. Sizes in bytes; `memory` is what it may allocate beyond the warm parent's.
 
     `apart` asks for process and IPC spaces of its own, `private` for scratch folders of its own, `filtered` for the
-    filter of system calls. `uid` is the real user to become, where the warm parent is root.
+    filter of system calls. `uid` is the real user to become, where the warm parent is root. `kept` are folders within
+    the scratch folders that stay to be seen, read-only as they are (a Python that lives in /tmp).
     """
 
     memory: int = 2 << 30
@@ -41,6 +42,7 @@ class Walls:
     apart: bool = True
     private: bool = True
     filtered: bool = True
+    kept: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Walls:
@@ -68,8 +70,13 @@ def mount_private(walls: Walls) -> None:
         _call("mount", None, b"/", None, _REC | _PRIVATE, None)
     if walls.private:
         options = f"size={walls.scratch},nr_inodes=20000,mode=1777".encode()
+        kept = [(os.open(path, os.O_PATH), path) for path in walls.kept]
         for folder in PRIVATE_FOLDERS:
             _call("mount", b"tmpfs", folder.encode(), b"tmpfs", _NOSUID | _NODEV, options)
+        for handle, path in kept:  # what is covered is still there, under its handle
+            os.makedirs(path, 0o755)
+            _call("mount", f"/proc/self/fd/{handle}".encode(), path.encode(), None, _BIND | _REC, None)
+            os.close(handle)
     if walls.apart:
         _call("mount", b"proc", b"/proc", b"proc", _NOSUID | _NODEV | _NOEXEC, None)
 
