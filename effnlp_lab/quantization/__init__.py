@@ -7,7 +7,7 @@
 | hessian.py | the Hessian from calibration inputs, the factor of its inverse |
 | gptq.py, kernel_gptq.py | GPTQ by blocks of columns, and its column loop in one Triton kernel |
 | packing.py | dense streams of bits, and the words that the kernels read |
-| product.py, kernel_product.py | products of 16-bit inputs and weights of 2, 3, 4 and 8 bits |
+| product.py, launch_product.py, kernel_product.py | products of 16-bit inputs and weights of 2, 3, 4 and 8 bits |
 | llm_int8.py | LLM.int8's decomposition: outlier columns in 16 bits |
 | spqr.py | SpQR: a sparse matrix of sensitive weights beside low bits |
 | linear.py | a linear layer with quantized weights |

@@ -28,7 +28,7 @@ def quantized_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
         raise UsageError(f"Inputs of {x.shape[-1]} numbers for a weight of {weight.columns} columns.")
     if _has_kernel(x, weight):
         if x.numel() // weight.columns <= FEW_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
-            from effnlp_lab.quantization.kernel_product import product
+            from effnlp_lab.quantization.launch_product import product
 
             return product(x.reshape(-1, weight.columns), weight, bias).view(*x.shape[:-1], weight.rows)
     return F.linear(x, dequantize_packed(weight, x.dtype), bias)
@@ -37,7 +37,7 @@ def quantized_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weights [rows, columns] that the codes stand for."""
     if weight.scale.device.type == "cuda" and triton_compiles() and dtype != torch.float64 and weight.group_size >= 16:
-        from effnlp_lab.quantization.kernel_product import dequantize
+        from effnlp_lab.quantization.launch_product import dequantize
 
         return dequantize(weight, dtype)
     return weight.unpack().dequantize(dtype)

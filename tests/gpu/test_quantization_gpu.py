@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from effnlp_lab import quantization as room
-from effnlp_lab.quantization.kernel_product import dequantize, product, workspace
+from effnlp_lab.quantization.launch_product import dequantize, product, workspace
 
 HALVES = (torch.float16, torch.bfloat16)
 

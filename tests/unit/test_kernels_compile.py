@@ -175,7 +175,7 @@ def compile_adamw8bit(arch: int, dtype: str, masked: bool):
 
 def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     """Groups of 128 columns; the sum in parts, with a bias; the column loop finds its grids and keeps outliers."""
-    from effnlp_lab.quantization import kernel_gptq, kernel_product
+    from effnlp_lab.quantization import kernel_gptq, kernel_product, launch_product
 
     types = {"X": f"*{dtype}", "Bias": f"*{dtype}", "Out": f"*{dtype}", "Plane0": "*i32", "Plane1": "*i32",
              "Scale": "*fp16", "Zero": "*u8", "Parts": "*fp32", "Counters": "*i32"}  # fmt: skip
@@ -184,12 +184,12 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     function = kernel_product.dequantize_kernel
     if kernel.endswith("product"):
         function = kernel_product.product_kernel
-        tile = kernel_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
+        tile = launch_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
         constants |= {"PER": 4, "SPLIT": True, "BLOCK_N": tile.rows, "HAS_BIAS": True}
         if inputs == 1:
             function, constants["BLOCK_B"] = (
                 kernel_product.row_kernel,
-                kernel_product.ONE_ROW // (32 * (32 if bits == 3 else 32 // bits)),
+                launch_product.ONE_ROW // (32 * (32 if bits == 3 else 32 // bits)),
             )
         else:
             constants |= {"BLOCK_M": tile.inputs, "STAGES": tile.stages}

@@ -207,7 +207,7 @@ def test_the_fused_columns_are_the_loop(bits, group_size, act_order, dtype):
     (8, 256, 32, 256, 2, torch.float16),
 ))  # fmt: skip
 def test_the_product_kernel_is_dequantize_then_multiply(bits, group_size, rows, columns, inputs, dtype):
-    from effnlp_lab.quantization.kernel_product import dequantize, product, workspace
+    from effnlp_lab.quantization.launch_product import dequantize, product, workspace
 
     torch.manual_seed(bits)
     quantized = room.round_to_nearest(torch.randn(rows, columns) + 0.3, bits, group_size, scale_dtype=torch.float16)
