@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from effnlp_grading.course import Course, environment_with_kit
-from effnlp_grading.judging import Judged, Task, judge_task
+from effnlp_grading.judging import Judged, Task, judge_task, settings
 from effnlp_grading.limits import Limits
 from effnlp_grading.preprocessors import close_sandboxes, record_path, wants_sandbox
 from effnlp_grading.records import Seeds
@@ -50,7 +50,7 @@ def grade_class(course: Course, pairs: Sequence[tuple[str, str]], *, device: str
     results = {pair: Result(pair[1], pair[0], "kept") for pair in pairs if pair not in set(todo)}
     for kept in results.values():
         show(kept)
-    with _settings({"EFFNLP_DEVICE": target.kind, "EFFNLP_SANDBOX": str(int(confined)), **(environment or {})}):
+    with settings({"EFFNLP_DEVICE": target.kind, "EFFNLP_SANDBOX": str(int(confined)), **(environment or {})}):
         tasks = _tasks(course, todo, target, limits or Limits(), confined, force, environment or {})
         plan = plan_jobs(target, len(todo), jobs)
         if tasks and scheduler is None and confined:  # the refusal is one sentence, before anything is started
@@ -133,7 +133,7 @@ def _client(plan: Plan, target: Device, scheduler: str | None) -> Iterator:
         return
     threads = dict.fromkeys(THREADS, str(plan.threads))
     place = tempfile.TemporaryDirectory(prefix="effnlp-dask-", ignore_cleanup_errors=True)
-    with _settings({**environment_with_kit(), **threads}), place as folder, LocalCluster(
+    with settings({**environment_with_kit(), **threads}), place as folder, LocalCluster(
             n_workers=plan.jobs, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0,
             local_directory=folder, silence_logs=logging.CRITICAL,
             resources={"GPU": 1} if target.kind == "cuda" else None) as cluster, Client(cluster) as client:
@@ -161,17 +161,3 @@ def _written(writer: Writer, judged: Judged) -> Result:
 def _with_grade(result: Result, grades: Mapping[str, Mapping]) -> Result:
     grade = grades[result.lab].get(result.student) if result.state != "not graded" else None
     return Result(result.student, result.lab, result.state, result.seconds, result.message, grade, result.look)
-
-
-@contextlib.contextmanager
-def _settings(wanted: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -55,7 +55,7 @@ def judge_task(task: Task) -> Judged:
     """Judge a submission in this process's sandbox. Raises SandboxError where there can be none."""
     from effnlp_grading.preprocessors import sandbox_of
 
-    with _environment(task):
+    with settings(_settings_of(task)):
         release = nbformat.reads(task.release, as_version=4)
         try:
             whole = repair(read_submission(task.submission, f"The submission of {task.student}"), release,
@@ -93,12 +93,17 @@ def grade(submission: str | os.PathLike, lab: str | None = None, *, student: str
     return graded
 
 
-@contextlib.contextmanager
-def _environment(task: Task) -> Iterator[None]:
+def _settings_of(task: Task) -> dict[str, str]:
     """The settings that come with a task, and this worker's GPU."""
     wanted = dict(task.environment)
     if task.gpus and "CUDA_VISIBLE_DEVICES" not in wanted:
         wanted["CUDA_VISIBLE_DEVICES"] = task.gpus[_worker_number() % len(task.gpus)]
+    return wanted
+
+
+@contextlib.contextmanager
+def settings(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment that hold meanwhile."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
