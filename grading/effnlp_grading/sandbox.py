@@ -109,6 +109,9 @@ class Sandbox(contextlib.AbstractContextManager):
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
+        if self.confined and (closed := _closed_folder()):
+            raise SandboxError(f"{closed} is closed to other users, and root's sandbox runs submissions as one: they "
+                               f"could not import what lies there. `chmod a+rx {closed}` opens it.")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = log = self._stack.enter_context(tempfile.TemporaryFile())
         with theirs:
@@ -220,7 +223,7 @@ class Sandbox(contextlib.AbstractContextManager):
             if folder != SCRATCH:
                 arguments += ["--perms", "1777", "--tmpfs", folder]
         arguments += ["--ro-bind", str(KIT), "/kit/effnlp_lab", "--ro-bind", str(INSIDE), "/kit/effnlp_inside"]
-        arguments += ["--setenv", "PYTHONPATH", "/kit"]
+        arguments += ["--setenv", "PYTHONPATH", os.pathsep.join(["/kit", *map(str, _packages_elsewhere())])]
         if "masks" in self.defences:
             file, folder = self._nothing()
             for path, is_folder in kit_masks(self.lab):
@@ -325,19 +328,33 @@ def _imports_of(lab: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not any(name == m or name.startswith(m + ".") for m in hidden)))
 
 
+def _prefixes() -> list[Path]:
+    return [Path(p) for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix))]
+
+
+def _packages_elsewhere() -> list[Path]:
+    """Folders on this process's path that hold packages and are not Python's own, as PYTHONPATH names them."""
+    own = {Path(__file__).resolve().parents[1], KIT.parent}
+    paths = dict.fromkeys(Path(p) for p in (*sys.path, *sysconfig.get_paths().values()) if p)
+    return [p for p in paths if p.is_dir() and p.resolve() not in own
+            and not any(p.is_relative_to(base) for base in (*_prefixes(), "/usr"))
+            and next(p.glob("*.dist-info"), None) and not (p / "effnlp_lab").exists()]
+
+
 def _python_folders() -> Iterator[Path]:
     """Where Python and its packages are: prefixes, and other folders on this process's path that hold packages."""
-    prefixes = [Path(p) for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix))]
-    own = {Path(__file__).resolve().parents[1], KIT.parent}
-    paths = [Path(p) for p in (*sys.path, *sysconfig.get_paths().values()) if p]
-    others = [p for p in paths if p.is_dir() and p.resolve() not in own
-              and not any(p.is_relative_to(base) for base in (*prefixes, "/usr"))
-              and next(p.glob("*.dist-info"), None) and not (p / "effnlp_lab").exists()]
-    for folder in [p for p in (*prefixes, *others) if not p.is_relative_to("/usr")]:
+    for folder in [p for p in (*_prefixes(), *_packages_elsewhere()) if not p.is_relative_to("/usr")]:
         yield folder
         real = folder.resolve()
         if real != folder:
             yield real
+
+
+def _closed_folder() -> Path | None:
+    """The first of Python's folders that an ordinary user may not enter, where this process is root."""
+    if os.getuid() != 0:
+        return None
+    return next((p for p in _python_folders() if p.is_dir() and p.stat().st_mode & 0o005 != 0o005), None)
 
 
 def _folders_in_scratch() -> tuple[str, ...]:

@@ -13,7 +13,9 @@ import pytest
 from classes import LAB, ROOT, master_of
 from effnlp_grading import grade, mutants, replay, sample_class
 from effnlp_grading.cli import main
+from effnlp_grading.connection import Connection
 from effnlp_grading.course import environment_with_kit
+from effnlp_grading.limits import Limits
 from effnlp_grading.masks import masked_modules
 from effnlp_grading.plan import steps_of
 from effnlp_grading.proctor import Proctor
@@ -153,6 +155,26 @@ def test_the_text_is_read_outside():
     made.cells.append(nbformat.v4.new_code_cell("import effnlp_lab.notebook.meter as m, ctypes"))
     assert [s.split(" (")[0] for s in signs_in(steps_of(made, lab))] == [
         "a cell calls native code", "a cell reaches into the kit"]
+
+
+@needs_sandbox
+def test_packages_on_pythonpath_are_there_in_the_sandbox(tmp_path, monkeypatch):
+    packages = tmp_path / "packages"
+    (packages / "elsewhere-1.0.dist-info").mkdir(parents=True)
+    (packages / "elsewhere.py").write_text("VALUE = 41\n")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    packages.chmod(0o755)
+    monkeypatch.syspath_prepend(str(packages))
+    with Sandbox(LAB) as made:
+        session = Connection(made, Limits())
+        said = session.run("import elsewhere; print(elsewhere.VALUE + 1)")
+        session.end()
+    assert said == {"error": None, "printed": "42\n"}
+    if os.getuid() == 0:
+        packages.chmod(0o700)
+        with pytest.raises(SandboxError, match="packages is closed to other users"):
+            Sandbox(LAB).start()
 
 
 def test_repair_from_the_command_line(tmp_path):
