@@ -5,6 +5,10 @@ X wastes little. A tile of words is read once; each shift of it is a tile of cod
 without a conversion instruction: a code in the low bits of 2^23's mantissa is the float 2^23 + code, and subtracting
 2^23 + zero leaves code - zero, a small whole number that 16 bits hold exactly. The scale multiplies sums, not weights.
 
+On sm_90 a product may start while the kernel before it ends (programmatic dependent launch): it reads its first words
+of weights, which no kernel of a model writes, and then waits before it reads its input or writes anything. A product of
+one row takes some microseconds, and a good part of them would be the start and the end of a kernel.
+
 Few tiles would leave most of the card idle: the sum over columns is split among programs, which write their parts down;
 the last one to finish a tile adds the parts in their order, so that the result is the same at every run.
 """
@@ -13,12 +17,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def centred(codes, zero):
     """code - zero as float32, for codes of at most 23 bits in int32 [N, K] and zero as float32 [N]."""
     return (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)[:, None]
+
+
+@triton.jit
+def after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before this one, if this one may start early; and let the next one start."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -83,6 +96,12 @@ def group_product(
 
 
 @triton.jit
+def part_at(Parts, s, splits, size, place, inside):
+    """Part s of a tile, as other programs wrote it; zeros where there are not so many."""
+    return tl.load(Parts + s * size + place, mask=inside & (s < splits), other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def finish(
     total, row, m, rows, inputs, split, splits, counter, Bias, Out, Parts, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
@@ -99,8 +118,12 @@ def finish(
         if last:
             tl.debug_barrier()
             total = tl.zeros_like(total)
-            for s in range(splits):
-                total += tl.load(Parts + s * size + place, mask=inside, other=0.0, cache_modifier=".cg")
+            for s in range(0, splits, 4):  # four on their way at a time
+                part0 = part_at(Parts, s, splits, size, place, inside)
+                part1 = part_at(Parts, s + 1, splits, size, place, inside)
+                part2 = part_at(Parts, s + 2, splits, size, place, inside)
+                part3 = part_at(Parts, s + 3, splits, size, place, inside)
+                total = total + part0 + part1 + part2 + part3
             tl.store(counter, 0)  # ready for the next product
     if last:
         if HAS_BIAS:
@@ -113,9 +136,10 @@ def product_kernel(
     X, Plane0, Plane1, Scale, Zero, Bias, Out, Parts, Counters, inputs, rows, columns, blocks, splits, stride_x,
     BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Out [inputs, rows] = X [inputs, columns] W'. PER: runs of columns that share a scale; SPLIT: several parts."""
+    after_the_kernel_before(EARLY)
     tile, split, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = band * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,7 +188,7 @@ def code_in_place(low0, low1, high, i: tl.constexpr, BITS: tl.constexpr):
 def row_kernel(
     X, Plane0, Plane1, Scale, Zero, Bias, Out, Parts, Counters, rows, columns, blocks, splits,
     BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`product_kernel` for one row of X, without tiles of tensor cores: BLOCK_B blocks a step, all warps share the sum.
 
@@ -181,6 +205,8 @@ def row_kernel(
         block, each = start + lane // RUN, start + tl.arange(0, BLOCK_B)
         word = lane % RUN
         low0, low1, high = words_of(Plane0, Plane1, block[None, :], end, rows, row, word, BITS, RUN)
+        if start == split * share:
+            after_the_kernel_before(EARLY)
         for part in tl.static_range(COUNT // PER):
             dots = tl.zeros((BLOCK_N, BLOCK_B * RUN), dtype=tl.float32)
             sums = tl.zeros((BLOCK_B * RUN,), dtype=tl.float32)

@@ -47,6 +47,11 @@ def tile_for(inputs: int, run: int, itemsize: int, arch: int, bits: int = 4) -> 
     return Tile(64, width, 4, 2 if bits == 2 else 3, 4 if width < 64 or inputs > 64 else 2)
 
 
+def starts_early(arch: int) -> bool:
+    """Whether the card lets a kernel start before the one before it has ended."""
+    return arch >= 90
+
+
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, split: int | None = None) -> Tensor:
     """x [inputs, columns] @ weight.T + bias, in x's dtype. Groups must be a multiple of 16 columns."""
     inputs, rows = len(x), weight.rows
@@ -54,7 +59,9 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
     if not inputs:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tile = tile_for(inputs, weight.run, x.element_size(), _architecture(x.device), weight.bits)
+    arch = _architecture(x.device)
+    early = starts_early(arch)
+    tile = tile_for(inputs, weight.run, x.element_size(), arch, weight.bits)
     tiles, bands = triton.cdiv(rows, tile.rows), triton.cdiv(inputs, tile.inputs)
     count = max(32 // bits for bits in PLANES[weight.bits])
     blocks = triton.cdiv(weight.columns, count * weight.run)
@@ -63,6 +70,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
     arguments = (weight.planes[0], weight.planes[-1], weight.scale, weight.zero, out if bias is None else bias, out,
                  parts, counters)  # fmt: skip
     sizes = {"BITS": weight.bits, "RUN": weight.run, "GROUP": weight.group_size, "PER": runs_per_scale(weight)}
+    sizes |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
     sizes |= {"SPLIT": split > 1, "BLOCK_N": tile.rows, "HAS_BIAS": bias is not None, "num_warps": tile.warps}
     if tile.inputs == 1:
         block_b = max(1, ONE_ROW // (count * weight.run))

@@ -186,6 +186,7 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
         function = kernel_product.product_kernel
         tile = launch_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
         constants |= {"PER": 4, "SPLIT": True, "BLOCK_N": tile.rows, "HAS_BIAS": True}
+        constants["EARLY"] = launch_product.starts_early(arch)
         if inputs == 1:
             function, constants["BLOCK_B"] = (
                 kernel_product.row_kernel,
