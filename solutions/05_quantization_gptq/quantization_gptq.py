@@ -1125,7 +1125,7 @@ def one_token(of):
         graph.replay()
         return kept
 
-    replay.model = of
+    replay.uses = of, ids  # the graph knows their addresses only
     return replay
 
 
