@@ -32,6 +32,7 @@ State = Literal["ok", "failed", "died", "timed out"]
 
 CPU_BYTES_PER_NOTEBOOK = 4 * GIB
 GPU_BYTES_PER_NOTEBOOK = 20 * GIB
+MOST_WORKERS = 16
 FAST_LIMIT_SECONDS = 900.0
 FULL_LIMIT_SECONDS = 3600.0
 _POLL_SECONDS = 0.2
@@ -272,7 +273,7 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     environment = dict(os.environ, PYTHONPATH=_python_path())
     if kind == "cpu":
         environment["EFFNLP_DEVICE"] = "cpu"  # before pytest starts, so that Triton starts in its interpreter
-    workers = max(1, min(usable_cores(), int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK), 8))
+    workers = max(1, min(usable_cores(), int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK), MOST_WORKERS))
     if workers == 1 or any(argument.startswith(("-n", "--numprocesses", "--pdb", "-m")) for argument in arguments):
         return _pytest([*command, *arguments], root, environment)
     for variable in _THREAD_VARIABLES:
