@@ -21,6 +21,7 @@ from effnlp_lab import exercises
 from effnlp_lab.errors import EffnlpError
 from effnlp_lab.master import (
     STUB,
+    TEXT_STUB,
     Cell,
     Master,
     MasterError,
@@ -148,6 +149,8 @@ def solution_notebook(master: Master) -> NotebookNode:
         taken.add(identity)
         node = new(_notebook_source(cell), id=identity, metadata=_metadata(master, cell, identity))
         cells.append(node)
+        if cell.kind == "predict":
+            cells.append(_prediction_check(master, cell))
     notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.nbformat_minor = 5
     notebook.metadata = NotebookNode(
@@ -172,9 +175,24 @@ def _metadata(master: Master, cell: Cell, identity: str) -> NotebookNode:
     elif cell.kind == "check":
         meta.nbgrader = _nbgrader(f"test_{cell.name}", grade=True, locked=True)
         meta.nbgrader.points = master.lab.exercise(cell.name).points
+    elif cell.kind == "written":
+        meta.nbgrader = _nbgrader(f"written_{cell.name}", grade=True, solution=True)
+        meta.nbgrader.points = next(one.points for one in master.lab.written if one.name == cell.name)
+    elif cell.kind == "predict":
+        meta.effnlp = NotebookNode(predict=cell.name)
     elif cell.kind == "given":
         meta.nbgrader = _nbgrader(identity, locked=True)
     return meta
+
+
+def _prediction_check(master: Master, cell: Cell) -> NotebookNode:
+    """The graded cell under a prediction: it notes the numbers, and the grader writes there how close they were."""
+    prediction = master.lab.prediction(cell.name)
+    given = ", ".join(guess.variable for guess in prediction.guesses)
+    meta = NotebookNode(nbgrader=_nbgrader(f"predict_{cell.name}", grade=True, locked=True))
+    meta.nbgrader.points = prediction.points
+    source = f'effnlp_lab.predicted("{cell.name}", {given})'
+    return nbformat.v4.new_code_cell(source, id=f"noted-{cell.name}", metadata=meta)
 
 
 def _nbgrader(grade_id: str, grade: bool = False, solution: bool = False, locked: bool = False) -> NotebookNode:
@@ -192,13 +210,14 @@ def release_notebook(master: Master) -> NotebookNode:
     from traitlets.config import Config
 
     notebook = solution_notebook(master)
-    config = Config({"ClearSolutions": {"code_stub": {"python": STUB}}})
+    config = Config({"ClearSolutions": {"code_stub": {"python": STUB}, "text_stub": TEXT_STUB}})
     resources: dict = {}
     for step in (LockCells, ClearSolutions, ClearOutput, CheckCellMetadata, ComputeChecksums):
         notebook, resources = step(config=config).preprocess(notebook, resources)
     for cell in notebook.cells:
-        if cell.metadata.get("nbgrader", {}).get("solution") and cell.source != blank_source(
-            master.exercise_cell(cell.metadata.nbgrader.grade_id)
+        nbgrader = cell.metadata.get("nbgrader", {})
+        if nbgrader.get("solution") and cell.source != (
+            TEXT_STUB if nbgrader.get("grade") else blank_source(master.exercise_cell(nbgrader.grade_id))
         ):
             raise MasterError(
                 f"{master.path.name}: nbgrader blanks {cell.metadata.nbgrader.grade_id} otherwise than we do."

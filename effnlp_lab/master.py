@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from effnlp_lab import exercises
+from effnlp_lab import exercises, policy
 from effnlp_lab.errors import EffnlpError
+from effnlp_lab.exercises.closeness import base_name
 from effnlp_lab.exercises.reference import Edit, Mistake
 from effnlp_lab.exercises.spec import Lab
 
-Kind = Literal["prose", "parameters", "given", "exercise", "check", "demo"]
+Kind = Literal["prose", "parameters", "given", "exercise", "check", "demo", "predict", "written"]
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = 'raise NotImplementedError("your answer goes here")'
-KEYS = {"exercise", "check", "tags", "needs"}
+TEXT_STUB = "*Write your answer here.*"
+KEYS = {"exercise", "check", "tags", "needs", "predict", "written"}
 TAGS = {"parameters", "demo", "nbval-check-output"}
 
 
@@ -29,7 +31,10 @@ class MasterError(EffnlpError):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a master. `name` is the exercise that it belongs to, if any."""
+    """One cell of a master. `name` is the exercise, prediction or question that it belongs to, if any.
+
+    `identity` is what the id of a cell without a name derives from, where that is not its source.
+    """
 
     kind: Kind
     source: str
@@ -37,10 +42,11 @@ class Cell:
     tags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     first_line: int = 0
+    identity: str = ""
 
     @property
     def is_code(self) -> bool:
-        return self.kind != "prose"
+        return self.kind not in ("prose", "written")
 
     @property
     def id(self) -> str:
@@ -49,7 +55,7 @@ class Cell:
             return f"{self.kind}-{self.name}"
         if self.kind == "parameters":
             return "parameters"
-        return f"{self.kind}-{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
+        return f"{self.kind}-{hashlib.sha256((self.identity or self.source).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def read_master(path: Path) -> Master:
     if not path.exists():
         raise MasterError(f"{path.name}: there is no such master; expected solutions/NN_name/name.py.")
     lab = exercises.lab(path.parent.name)
+    assistants = policy.policy_of(path.parents[2], lab.name)
     text = path.read_text("utf-8")
     lines = [n for n, line in enumerate(text.splitlines(), 1) if line.startswith("# %%")]
     notebook = jupytext.reads(text, fmt="py:percent")
@@ -79,9 +86,10 @@ def read_master(path: Path) -> Master:
         raise MasterError(f"{path.name}: {len(lines)} cell markers give {len(notebook.cells)} cells; is one malformed?")
     cells = []
     for cell, line in zip(notebook.cells, [1] * skipped + lines, strict=True):
-        cells.append(_cell(path, lab, cell, line))
+        cells.append(_cell(path, assistants, cell, line))
     master = Master(lab, path, tuple(cells))
-    for rule in (_names_are_known, _markers_are_sound, _checks_are_one_line, _no_demo_names, _room_stays_out):
+    for rule in (_names_are_known, _markers_are_sound, _checks_are_one_line, _no_demo_names, _room_stays_out,
+                 _judged_are_known):
         rule(master)
     return master
 
@@ -90,7 +98,7 @@ def _fail(path: Path, line: int, sentence: str) -> None:
     raise MasterError(f"{path.name}, line {line}: {sentence}")
 
 
-def _cell(path: Path, lab: Lab, cell: Any, line: int) -> Cell:
+def _cell(path: Path, assistants: str, cell: Any, line: int) -> Cell:
     meta = {k: v for k, v in cell.metadata.items() if not k.startswith("lines_to_")}  # jupytext's own
     if "incorrectly_encoded_metadata" in meta:
         _fail(
@@ -106,16 +114,20 @@ def _cell(path: Path, lab: Lab, cell: Any, line: int) -> Cell:
     for tag in tags:
         if tag not in TAGS:
             _fail(path, line, f"unknown tag {tag!r}; a cell may carry {', '.join(sorted(TAGS))}.")
-    roles = [k for k in ("exercise", "check") if k in meta] + [t for t in ("parameters", "demo") if t in tags]
+    roles = [k for k in ("exercise", "check", "predict", "written") if k in meta] + [t for t in ("parameters", "demo") if t in tags]
     if len(roles) > 1:
         _fail(path, line, f"the cell is {' and '.join(roles)} at once; make it two cells.")
     needs = tuple(meta.get("needs", ()))
     if needs and "demo" not in tags:
         _fail(path, line, 'needs=[...] belongs to demos; add tags=["demo"] or drop it.')
     if cell.cell_type != "code":
+        if roles == ["written"]:
+            return Cell("written", cell.source, meta["written"], first_line=line)
         if roles:
             _fail(path, line, f"a markdown cell cannot be {roles[0]}.")
-        return Cell("prose", cell.source, first_line=line)
+        return Cell("prose", policy.stated(cell.source, assistants), first_line=line, identity=cell.source)
+    if "written" in roles:
+        _fail(path, line, "a written answer is a markdown cell: # %% [markdown] written=\"name\".")
     if not roles:
         return Cell("given", cell.source, tags=tags, first_line=line)
     return Cell(roles[0], cell.source, meta.get(roles[0]), tags, needs, line)
@@ -127,7 +139,7 @@ def _names_are_known(master: Master) -> None:
     seen: dict[str, set[str]] = {"exercise": set(), "check": set()}
     for cell in master.cells:
         for name in (*([cell.name] if cell.name else []), *cell.needs):
-            if name not in known:
+            if name not in known and cell.kind not in ("predict", "written"):
                 _fail(
                     master.path,
                     cell.first_line,
@@ -240,7 +252,7 @@ def _room_stays_out(master: Master) -> None:
         return
     room = f"effnlp_lab.{master.lab.room}"
     for cell in master.cells:
-        if cell.kind in ("prose", "demo"):
+        if cell.kind in ("prose", "written", "demo"):
             continue
         for node in ast.walk(_parse(master.path, cell)):
             names = (
@@ -257,6 +269,26 @@ def _room_stays_out(master: Master) -> None:
                     f"a cell outside demos imports {room}, which holds the answers; "
                     'mark it tags=["demo"] or do without.',
                 )
+
+
+def _judged_are_known(master: Master) -> None:
+    """Predictions and questions are those of the spec, each once; a prediction's cell assigns what is predicted."""
+    for kind, specs in (("predict", master.lab.predictions), ("written", master.lab.written)):
+        expected = {one.name: one for one in specs}
+        seen: set[str] = set()
+        for cell in [c for c in master.cells if c.kind == kind]:
+            if cell.name not in expected or cell.name in seen:
+                why = "is there twice" if cell.name in seen else "is not in its spec"
+                _fail(master.path, cell.first_line, f"{kind}={cell.name!r} {why}; the spec of {master.lab.name} has "
+                      f"{', '.join(expected) or 'none'}.")
+            seen.add(cell.name)
+            if kind == "predict":
+                names = {base_name(guess.variable) for guess in expected[cell.name].guesses}
+                lost = sorted(names - bound_names(_parse(master.path, cell)))
+                if lost:
+                    _fail(master.path, cell.first_line, f"the prediction {cell.name!r} does not assign {lost[0]}.")
+        for name in expected.keys() - seen:
+            _fail(master.path, 1, f"the spec has {name!r}, and the master has no cell {kind}={name!r}.")
 
 
 def _parse(path: Path, cell: Cell) -> ast.Module:

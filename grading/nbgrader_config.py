@@ -61,6 +61,7 @@ c.CourseDirectory.ignore = [
 # importing it here would import torch at every command).
 c.GenerateAssignment.force = True
 c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your answer goes here")'}
+c.ClearSolutions.text_stub = "*Write your answer here.*"
 
 # Nothing of a submission runs in this process or in a kernel: the proctor runs its cells in a sandbox, judges its
 # answers here, and writes verdict and report into each check's cell, which are then read strictly. Cells tagged `demo`

@@ -1,9 +1,10 @@
-"""What an exercise is called, what it is worth, and within which limits it is judged."""
+"""What an exercise is called, what it is worth, and within which limits it is judged; what else a lab asks for."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from types import MappingProxyType
 from typing import Literal
 
 Variant = Mapping[str, str]
+
+PREDICTION_POINTS = 0.25  # of one prediction, by closeness; 0 for none
+WRITTEN_POINTS = 1.0  # of one written answer, by a person with a rubric
 
 
 class SpecError(ValueError):
@@ -67,9 +71,16 @@ class Exercise:
             return self.public_variant()
         chosen = {}
         for name, values in self.variants.items():
-            digest = hmac.new(key.encode(), f"{student}/{self.name}/{name}".encode(), hashlib.sha256).digest()
-            chosen[name] = values[int.from_bytes(digest[:8], "big") % len(values)]
+            chosen[name] = values[_hashed(key, f"{student}/{self.name}/{name}") % len(values)]
         return chosen
+
+    def all_variants(self) -> list[Variant]:
+        """Every combination of the parameters' values, the public one first."""
+        return [dict(zip(self.variants, values, strict=True)) for values in itertools.product(*self.variants.values())]
+
+    def in_words(self, variant: Variant) -> str:
+        """What a variant asks for, in the sentences that the notebook shows."""
+        return " ".join(self.variant_text.get(value, f"Your {name}: {value}.") for name, value in variant.items())
 
     def score(self, passed: Mapping[str, bool]) -> float:
         """Points for the parts that passed: a plain, finite float between 0 and `points`."""
@@ -77,6 +88,48 @@ class Exercise:
             return float(self.points)
         share = sum(share for part, share in self.parts.items() if passed.get(part, False))
         return round(float(self.points) * share, 2)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One number that a student predicts: `variable` as the notebook spells it, `my_growth["tiled"]` say.
+
+    `low` to `high` is what the measurement gives, from machine to machine and from fast to full size.
+    """
+
+    variable: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Numbers that a student writes down before a measurement, graded by how close they are.
+
+    Within a guess's range a number earns its whole share. Beyond, the share falls in a straight line to nothing at
+    `reach`: a factor (counted in logarithms), or, with scale "difference", a distance.
+    """
+
+    name: str
+    guesses: tuple[Guess, ...]
+    reach: float = 3.0
+    scale: Literal["ratio", "difference"] = "ratio"
+    points: float = PREDICTION_POINTS
+
+    def __post_init__(self) -> None:
+        ratio = self.scale == "ratio"
+        if not self.guesses or self.reach <= ratio or any(g.low > g.high or (ratio and g.low <= 0)
+                                                          for g in self.guesses):
+            raise SpecError(f"prediction {self.name}: expected guesses of low <= high (above 0 for a ratio), and a "
+                            "reach above 1 for a ratio, above 0 for a difference")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A question that is answered in words. A person grades it; the rubric stands in the master."""
+
+    name: str
+    points: float = WRITTEN_POINTS
 
 
 @dataclass(frozen=True)
@@ -91,12 +144,14 @@ class Lab:
     graded: bool = True
     summary: str = ""
     prerequisites: str = "PyTorch modules and autograd, softmax attention"
+    predictions: tuple[Prediction, ...] = ()
+    written: tuple[Written, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [e.name for e in self.exercises]
+        names = [one.name for one in (*self.exercises, *self.predictions, *self.written)]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise SpecError(f"lab {self.name}: two exercises are called {twice!r}; give one another name")
+            raise SpecError(f"lab {self.name}: two things are called {twice!r}; give one another name")
 
     @property
     def number(self) -> str:
@@ -109,11 +164,46 @@ class Lab:
 
     @property
     def points(self) -> float:
-        """All that the lab is worth; a Triton exercise and its PyTorch twin count once."""
+        """All that the lab is worth: what its checks give, its predictions and its written answers."""
+        return self.checked_points + float(sum(one.points for one in (*self.predictions, *self.written)))
+
+    @property
+    def checked_points(self) -> float:
+        """What the checks give in all; a Triton exercise and its PyTorch twin count once."""
         return float(sum(e.points for e in self.exercises if e.twin_of is None))
+
+    def variant_of(self, exercise: str, student: str | None, key: str = "") -> Variant:
+        """One student's variant of an exercise.
+
+        With a key, nobody has the public variant of every core exercise of a lab: one of them, which the key picks
+        too, is another then. So the public solution, pasted unchanged, fails somewhere for everybody.
+        """
+        spec = self.exercise(exercise)
+        core = [e for e in self.exercises if e.kind == "core" and e.variants]
+        mine = spec.variant_of(student, key)
+        if not (student and key and core) or any(e.variant_of(student, key) != e.public_variant() for e in core):
+            return mine
+        drawn = _hashed(key, f"{student}/{self.name}")
+        if core[drawn % len(core)] is not spec:
+            return mine
+        others = [variant for variant in spec.all_variants() if variant != spec.public_variant()]
+        return others[drawn // len(core) % len(others)]
+
+    def prediction(self, name: str) -> Prediction:
+        """The prediction of that name. Raises SpecError where there is none."""
+        found = next((one for one in self.predictions if one.name == name), None)
+        if found is None:
+            raise SpecError(f"lab {self.name} has no prediction {name!r}; "
+                            f"it has {', '.join(p.name for p in self.predictions) or 'none'}")
+        return found
 
     def exercise(self, name: str) -> Exercise:
         for exercise in self.exercises:
             if exercise.name == name:
                 return exercise
         raise SpecError(f"lab {self.name} has no exercise {name!r}; it has {', '.join(e.name for e in self.exercises)}")
+
+
+def _hashed(key: str, text: str) -> int:
+    """A number that only who has the key can tell: HMAC-SHA256."""
+    return int.from_bytes(hmac.new(key.encode(), text.encode(), hashlib.sha256).digest()[:8], "big")

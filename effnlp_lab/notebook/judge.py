@@ -441,8 +441,9 @@ def name_mistakes(
     failing = [a for a in answered if a.result.state in ("incorrect", "crashed", "timed out")]
     if not failing or any(a.response["status"] == "forbidden" for a in failing):
         return []
-    if published := _public_rule(exercise, reference, failing, variant):
-        return published  # first: the mistakes are slips of the published solution, and agree with it on some cases
+    public = exercise.public_variant()
+    if dict(variant) != public and (told := _other_rule(exercise, reference, failing, variant)):
+        return told  # first: the mistakes are slips of the published solution, and agree with it on some cases
     candidates = list(reference.mistakes)
     for one in failing[:4]:
         # every response is compared, the passing ones too, once a candidate remains
@@ -450,7 +451,7 @@ def name_mistakes(
         if matching:
             candidates = matching
         elif one is failing[0]:
-            return []
+            return _other_rule(exercise, reference, failing, variant) if dict(variant) == public else []
     if len(candidates) > 1:
         for one in [a for a in answered if a.result.state == "correct"][:4]:
             matching = [m for m in candidates if _slips_alike(exercise, lab, reference, m, one, variant, device)]
@@ -458,19 +459,24 @@ def name_mistakes(
     return [m.sentence for m in candidates]
 
 
-def _public_rule(exercise: Exercise, reference: Reference, failing: list[_Answered], variant: Variant) -> list[str]:
-    """Whether the answer follows the public variant where the student's own was asked for."""
-    public = exercise.public_variant()
-    if dict(variant) == public:
+def _other_rule(exercise: Exercise, reference: Reference, failing: list[_Answered], variant: Variant) -> list[str]:
+    """Whether the answer does what another variant asks for: the public one, or another student's."""
+    if not exercise.variants or any(one.response["status"] != "ok" for one in failing):
         return []
-    for one in failing:
-        inputs = dict(one.case.inputs)
-        if one.response["status"] != "ok" or reference.verify(
-            inputs, one.response["outputs"], reference.expected(inputs, public), public
-        ):
-            return []
-    mine = ", ".join(f"{name} = {value}" for name, value in variant.items())
-    return [f"Your answer follows the published rule, and yours is another: {mine}."]
+    public = exercise.public_variant()
+    for other in exercise.all_variants():
+        if other != dict(variant) and all(_follows(reference, one, other) for one in failing):
+            theirs = ", ".join(f"{name} = {value}" for name, value in other.items())
+            whose = "is published" if other == public else "another student has"
+            return [f"This is the answer to the variant that {whose} ({theirs}), and yours is another. "
+                    f"{exercise.in_words(variant)}"]
+    return []
+
+
+def _follows(reference: Reference, one: _Answered, variant: Variant) -> bool:
+    """Whether an answer's outputs on a case are right under a variant."""
+    inputs = dict(one.case.inputs)
+    return not reference.verify(inputs, one.response["outputs"], reference.expected(inputs, variant), variant)
 
 
 def _slips_alike(

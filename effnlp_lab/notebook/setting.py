@@ -49,14 +49,25 @@ def student() -> str | None:
 
 def variant_of(exercise: Exercise) -> dict[str, str]:
     """The running student's variant of an exercise. The course's key comes from EFFNLP_VARIANT_KEY."""
-    return dict(exercise.variant_of(student(), os.environ.get("EFFNLP_VARIANT_KEY", "")))
+    lab, key = exercises.find(exercise.name)[0], os.environ.get("EFFNLP_VARIANT_KEY", "")
+    return dict(lab.variant_of(exercise.name, student(), key))
 
 
 def variant(exercise: str) -> None:
     """Say in the notebook which rule holds for this student."""
     spec = exercises.find(exercise)[1]
     for name, value in variant_of(spec).items():
-        print(spec.variant_text.get(value, f"Your {name}: {value}."))
+        print(spec.in_words({name: value}))
+
+
+def predicted(name: str, *numbers: float | None) -> None:
+    """Note a prediction. How close it was is told after grading: by then the measurement has told it anyway."""
+    if os.environ.get("EFFNLP_GRADING"):
+        return
+    if any(number is None for number in numbers):
+        print("Write your prediction into the cell above before you go on: it is graded by how close it is.")
+    else:
+        print(f"Noted: {', '.join(map(str, numbers))}. Leave it as it is, whatever the measurement says.")
 
 
 def unsolved(name: str, space: dict) -> bool:

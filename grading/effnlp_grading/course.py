@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import effnlp_lab
+from effnlp_grading.plan import CHECK
 from effnlp_lab import exercises
 from effnlp_lab.errors import UsageError
 
@@ -89,8 +90,8 @@ class Course:
             except MissingEntry:
                 return {}
             for one in submissions:
-                points = {grade.name.removeprefix("test_"): (float(grade.score or 0.0), float(grade.max_score))
-                          for notebook in one.notebooks for grade in notebook.grades}
+                points = {grade.name.removeprefix(CHECK): (float(grade.score or 0.0), float(grade.max_score))
+                          for notebook in one.notebooks for grade in notebook.grades if grade.name.startswith(CHECK)}
                 found[one.student.id] = Grade(one.student.id, lab, float(one.score), float(one.max_score), points)
         return found
 

@@ -146,7 +146,7 @@ def _differences(result: Result, expected: dict[str, float], lab: Lab) -> list[s
         got = result.grade.exercises.get(name, (None, 0.0))[0]
         if got != points:
             found.append(f"{who}: nbgrader gives {name} {got} points, and the judge {points:g}.")
-    wanted = {sample_class.PERFECT: lab.points, sample_class.BLANK: 0.0}.get(result.student)
+    wanted = {sample_class.PERFECT: lab.checked_points, sample_class.BLANK: 0.0}.get(result.student)
     if wanted is not None and result.grade.score != wanted:
         found.append(f"{who}: {result.grade.score:g} points, where {wanted:g} were expected.")
     return found

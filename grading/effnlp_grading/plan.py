@@ -13,18 +13,23 @@ from nbformat import NotebookNode
 from effnlp_lab.exercises.spec import Lab
 
 CHECK = "test_"  # a check's grade_id is this and its exercise
+PREDICTION = "predict_"  # of the cell under a prediction, and its name
 
 
 @dataclass(frozen=True)
 class Step:
-    """One code cell: `run` executes it, `check` judges `exercise`. `answers` names the exercise that a cell solves."""
+    """One code cell: `run` executes it, `check` judges `exercise`, `predict` a prediction, whose name `exercise` is then.
 
-    kind: Literal["run", "check"]
+    `answers` names the exercise that a cell solves, `predicts` the prediction that it makes.
+    """
+
+    kind: Literal["run", "check", "predict"]
     index: int
     source: str
     exercise: str = ""
     answers: str = ""
     given: bool = False
+    predicts: str = ""
 
 
 def steps_of(notebook: NotebookNode, lab: Lab) -> list[Step]:
@@ -40,10 +45,14 @@ def steps_of(notebook: NotebookNode, lab: Lab) -> list[Step]:
             if exercise in {e.name for e in lab.exercises} and exercise not in judged:
                 judged.add(exercise)
                 steps.append(Step("check", index, cell.source, exercise))
+            elif name.removeprefix(PREDICTION) in {p.name for p in lab.predictions} and name not in judged:
+                judged.add(name)
+                steps.append(Step("predict", index, cell.source, name))
         elif "demo" not in cell.metadata.get("tags", []) and cell.source.strip():
             answers = name if nbgrader.get("solution") else ""
             given = bool(nbgrader.get("locked")) or cell.get("id") == "parameters"
-            steps.append(Step("run", index, cell.source, answers=answers, given=given))
+            predicts = str((cell.metadata.get("effnlp") or {}).get("predict", ""))
+            steps.append(Step("run", index, cell.source, answers=answers, given=given, predicts=predicts))
     return steps
 
 

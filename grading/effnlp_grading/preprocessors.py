@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from nbformat.v4 import new_markdown_cell, new_output
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
@@ -59,8 +60,6 @@ class RepairFromRelease(NbGraderPreprocessor):
     course = Unicode("", help="The course's folder.").tag(config=True)
 
     def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
-        import nbformat
-
         where = resources["nbgrader"]
         release = release_path(Path(self.course), where["assignment"], where["notebook"])
         if release is None:
@@ -90,7 +89,7 @@ class GradeInProctor(NbGraderPreprocessor):
         steps = steps_of(notebook, lab)
         path = record_path(folder, lab.name, where["student"])
         record = Record(path, digest_of(steps), {"student": where["student"]})
-        if record.done is not None and all(s.exercise in record.verdicts for s in steps if s.kind == "check"):
+        if record.done is not None and all(s.exercise in record.verdicts for s in steps if s.kind != "run"):
             cells = {int(index): said for index, said in record.done.get("cells", {}).items()}
             graded = Graded(lab.name, where["student"], record.digest, record.verdicts, cells,
                             record.done.get("look", []))
@@ -99,6 +98,7 @@ class GradeInProctor(NbGraderPreprocessor):
                               device=device)
             graded = proctor.grade(notebook, where["student"], record)
         write_verdicts(notebook, graded)
+        show_rubrics(notebook, Path(self.course) / "solutions" / lab.name / f"{lab.notebook}.ipynb")
         for reason in graded.look:
             self.log.warning("%s: a person should look: %s", where["student"], reason)
         return notebook, resources
@@ -124,6 +124,25 @@ def write_verdicts(notebook: NotebookNode, graded: Graded) -> None:
         if nbgrader.get("grade") and not nbgrader.get("solution"):
             verdict = graded.verdicts.get(str(nbgrader.get("grade_id", "")).removeprefix(CHECK))
             cell.outputs = _verdict_outputs(verdict)
+
+
+def show_rubrics(notebook: NotebookNode, solved: Path) -> None:
+    """Put the rubric of each written answer above it, for whoever grades it; it stands in the solved notebook."""
+    if not solved.is_file():
+        return
+    rubrics = {grade_id: cell.source for cell in nbformat.read(solved, as_version=4).cells
+               if (grade_id := _written_id(cell))}
+    for index in reversed(range(len(notebook.cells))):
+        rubric = rubrics.get(_written_id(notebook.cells[index]))
+        if rubric:
+            notebook.cells.insert(index, new_markdown_cell(rubric, id=f"rubric-{index}"))
+
+
+def _written_id(cell: NotebookNode) -> str:
+    """The name of a written answer's cell; "" for all other cells."""
+    nbgrader = cell.metadata.get("nbgrader") or {}
+    written = cell.cell_type == "markdown" and nbgrader.get("grade") and nbgrader.get("solution")
+    return str(nbgrader.get("grade_id", "")) if written else ""
 
 
 def verdict_from(told: dict[str, Any]) -> Verdict:

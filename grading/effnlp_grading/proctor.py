@@ -18,12 +18,13 @@ from nbformat import NotebookNode
 from effnlp_grading import real_size
 from effnlp_grading.connection import Connection, Ended
 from effnlp_grading.limits import Limits
-from effnlp_grading.plan import Step, digest_of, steps_of
+from effnlp_grading.plan import PREDICTION, Step, digest_of, steps_of
 from effnlp_grading.records import Record, Seeds
 from effnlp_grading.sandbox import Sandbox
 from effnlp_grading.scan import forbidden_in, signs_in
 from effnlp_grading.watch import GpuWatch
 from effnlp_lab import exercises
+from effnlp_lab.exercises.closeness import points_of, predicted_values
 from effnlp_lab.exercises.spec import Exercise
 from effnlp_lab.notebook import wire
 from effnlp_lab.notebook.judge import Verdict, judge, versions
@@ -82,7 +83,7 @@ class Proctor:
                     one.run(place)
                     continue
                 if step.exercise not in record.verdicts:
-                    record.keep(one.judge(place))
+                    record.keep(one.judge(place) if step.kind == "check" else one.predicted(place))
                 graded.verdicts[step.exercise] = record.verdicts[step.exercise]
         finally:
             one.end()
@@ -131,6 +132,24 @@ class _Submission:
         return {**verdict.to_json(), "student": self.graded.student, "submission": self.graded.digest,
                 "limits": self.proctor.limits.to_json(), "sandbox": self.proctor.sandbox.name, "look": look}
 
+    def predicted(self, place: int) -> dict[str, Any]:
+        """The verdict on the prediction at `place`: from the text of its cell, which is read and not run."""
+        name = self.steps[place].exercise
+        prediction = self.proctor.lab.prediction(name.removeprefix(PREDICTION))
+        source = next((s.source for s in self.steps if s.predicts == prediction.name), "")
+        values = predicted_values(prediction, source)
+        score = points_of(prediction, values)
+        told = [f"{guess.variable} = {values[guess.variable]:g}, measured: {guess.low:g}"
+                + (f" to {guess.high:g}" if guess.high > guess.low else "")
+                for guess in prediction.guesses if values[guess.variable] is not None]
+        whole = len(told) == len(prediction.guesses)
+        state = "not attempted" if not told else "correct" if score == prediction.points and whole else "incorrect"
+        sentence = ("You predicted " + "; ".join(told) + ". Points are for closeness." if told else
+                    "There is no number in the cell of this prediction: write it as a plain number.")
+        verdict = Verdict(name, self.proctor.lab.name, state, score, float(prediction.points), sentence, 0, {},
+                          self.proctor.device, versions=versions())
+        return {**verdict.to_json(), "student": self.graded.student, "submission": self.graded.digest, "look": []}
+
     def end(self) -> None:
         if self.session is not None:
             self.session.end()
@@ -139,7 +158,9 @@ class _Submission:
     def _judge_one(self, place: int, spec: Exercise, seed: int, look: list[str]) -> Verdict:
         proctor = self.proctor
         student = self.graded.student if proctor.variant_key else None
-        variant = dict(spec.variant_of(student, proctor.variant_key)) if proctor.variant is None else proctor.variant
+        variant = proctor.variant
+        if variant is None:
+            variant = dict(proctor.lab.variant_of(spec.name, student, proctor.variant_key))
         limited = replace(spec, seconds=min(spec.seconds, proctor.limits.case_seconds))
         used = forbidden_in(spec, self.steps) if "source" in proctor.defences else []
         try:

@@ -72,6 +72,7 @@ def repair(submission: NotebookNode, release: NotebookNode, name: str = "The sub
     """Rebuild `submission` on `release`. Raises RepairError where nothing in it belongs to the release."""
     places = _Places(release)
     matched = [places.match(cell) for cell in submission.cells]
+    places.fill_written(submission.cells, matched)
     if places.solutions and not any(m is not None for m in matched):
         raise RepairError(f"{name} has no cell of the released notebook: it is another notebook, or an empty one.")
     return _Builder(submission, release, matched, places).build()
@@ -90,17 +91,24 @@ class _Places:
         self.by_id: dict[str, int] = {}
         self.by_source: dict[tuple[str, str], int] = {}
         self.by_name: dict[str, int] = {}
+        self.by_variable: dict[str, int] = {}
         self.checks: dict[str, int] = {}
-        self.solutions: list[int] = []
+        self.solutions: list[int] = []  # places that students fill: answers, predictions, written answers
+        self.written: list[int] = []
         for place, cell in enumerate(release.cells):
             nbgrader = cell.metadata.get("nbgrader") or {}
             if nbgrader.get("grade_id"):
                 self.by_grade_id[nbgrader["grade_id"]] = place
             self.by_id.setdefault(cell.get("id", ""), place)
             self.by_source.setdefault((cell.cell_type, _plain(cell.source)), place)
-            if nbgrader.get("solution"):
+            if (cell.metadata.get("effnlp") or {}).get("predict"):
+                self.solutions.append(place)
+                self.by_variable |= dict.fromkeys(_assigned(cell.source), place)
+            elif nbgrader.get("solution"):
                 self.solutions.append(place)
                 self.by_name[nbgrader["grade_id"]] = place
+                if cell.cell_type == "markdown":
+                    self.written.append(place)
             elif nbgrader.get("grade") and (found := _CHECK.match(cell.source)):
                 self.checks[found.group(1)] = place
 
@@ -120,13 +128,23 @@ class _Places:
             if called and called.group(1) in self.checks and len(cell.source.strip().splitlines()) == 1:
                 return self.checks[called.group(1)]
             defined = [self.by_name[name] for name in _defined(cell.source) if name in self.by_name]
+            defined += [self.by_variable[name] for name in _assigned(cell.source) if name in self.by_variable]
             if defined:
                 return defined[0]
         return None
 
+    def fill_written(self, cells: Sequence[NotebookNode], matched: list[int | None]) -> None:
+        """A written answer that lost id and metadata: prose of the student's right behind the question."""
+        for place in self.written:
+            if place in matched or place - 1 not in matched:
+                continue
+            after = matched.index(place - 1) + 1
+            if after < len(cells) and matched[after] is None and cells[after].cell_type == "markdown":
+                matched[after] = place
+
     def _plausible(self, cell: NotebookNode, place: int) -> bool:
         """A cell keeps its id when a student empties and reuses it: for an answer, it must still be code."""
-        return cell.cell_type == "code" or place not in self.solutions
+        return cell.cell_type == "code" or place not in self.solutions or place in self.written
 
 
 class _Builder:
@@ -275,6 +293,15 @@ def _defined(source: str) -> list[str]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return re.findall(r"^(?:def|class)\s+(\w+)", source, re.MULTILINE)
     return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))]
+
+
+def _assigned(source: str) -> list[str]:
+    """Names that a cell assigns at its top."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.findall(r"^(my_\w+)\s*=[^=]", source, re.MULTILINE)
+    return [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
 
 
 def _told(error: BaseException) -> str:

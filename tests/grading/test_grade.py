@@ -24,7 +24,7 @@ from effnlp_lab.errors import UsageError
 def test_gradebook_has_the_judges_points(graded_class):
     """The judge, without a notebook, is the oracle; the mixed student's first answer also writes to stderr."""
     grades = graded_class.course.grades(graded_class.lab)
-    assert grades["perfect"].score == graded_class.master.lab.points
+    assert grades["perfect"].score == graded_class.master.lab.checked_points
     assert grades["blank"].score == 0.0
     for student in ("blank", "mixed"):
         expected = sample_class.judged_points(graded_class.master, graded_class.written[student], graded_class.seed)
@@ -37,7 +37,7 @@ def test_gradebook_has_the_judges_points(graded_class):
 def test_submission_without_metadata_is_repaired_and_scored_in_full(graded_class):
     """What an editor dropped costs no point; what was mended is told to the instructor."""
     grades = graded_class.course.grades(graded_class.lab)
-    assert grades["crumbled"].score == graded_class.master.lab.points
+    assert grades["crumbled"].score == graded_class.master.lab.checked_points
     result = grade_class(graded_class.course, [(graded_class.lab, "crumbled")], device="cpu", force=True, jobs=1,
                          environment={"EFFNLP_SEED": str(graded_class.seed)})[0]
     first = graded_class.master.lab.exercises[0].name

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from traitlets.config.loader import PyFileConfigLoader
 
-from effnlp_lab.master import BEGIN, END, STUB, read_master, regions
+from effnlp_lab.master import BEGIN, END, STUB, TEXT_STUB, read_master, regions
 
 ROOT = Path(__file__).resolve().parents[2]
 MASTERS = sorted(ROOT.glob("solutions/[0-9][0-9]_*/*.py"))
@@ -57,7 +57,7 @@ def test_only_notebooks_are_released():
 
 def test_stub_and_folders_are_the_kits():
     config = PyFileConfigLoader("nbgrader_config.py", path=str(ROOT)).load_config()
-    assert config.ClearSolutions.code_stub == {"python": STUB}
+    assert config.ClearSolutions.code_stub == {"python": STUB} and config.ClearSolutions.text_stub == TEXT_STUB
     assert config.CourseDirectory.root == str(ROOT)
     assert (config.CourseDirectory.source_directory, config.CourseDirectory.release_directory) == ("solutions", "labs")
     assert config.ExecutePreprocessor.skip_cells_with_tag == "demo"

@@ -164,7 +164,9 @@ def test_a_variant_refuses_the_public_answer_and_says_why(monkeypatch):
     monkeypatch.setenv("EFFNLP_STUDENT", student)
     v = verdict(COUNT, "count")
     assert v.state == "incorrect"
-    assert v.mistakes == ["Your answer follows the published rule, and yours is another: zero = dropped."]
+    assert v.mistakes == [
+        "This is the answer to the variant that is published (zero = kept), and yours is another. Your zero: dropped."
+    ]
     assert verdict("def count(items):\n    return {i: items.count(i) for i in items if i}\n", "count").score == 1.0
     monkeypatch.delenv("EFFNLP_STUDENT")
     assert verdict(COUNT, "count").score == 1.0
