@@ -114,7 +114,8 @@ def _cell(path: Path, assistants: str, cell: Any, line: int) -> Cell:
     for tag in tags:
         if tag not in TAGS:
             _fail(path, line, f"unknown tag {tag!r}; a cell may carry {', '.join(sorted(TAGS))}.")
-    roles = [k for k in ("exercise", "check", "predict", "written") if k in meta] + [t for t in ("parameters", "demo") if t in tags]
+    roles = [k for k in ("exercise", "check", "predict", "written") if k in meta]
+    roles += [t for t in ("parameters", "demo") if t in tags]
     if len(roles) > 1:
         _fail(path, line, f"the cell is {' and '.join(roles)} at once; make it two cells.")
     needs = tuple(meta.get("needs", ()))

@@ -20,12 +20,22 @@ _OPERATORS = {
 
 def closeness(prediction: Prediction, guess: Guess, value: float) -> float:
     """From 0 to 1: 1 within the guess's range, and less in a straight line down to 0 at the prediction's reach."""
-    if guess.low <= value <= guess.high:
+    return max(_within(prediction, low, high, value) for low, high in guess.ranges)
+
+
+def _within(prediction: Prediction, low: float, high: float, value: float) -> float:
+    if low <= value <= high:
         return 1.0
-    bound = guess.low if value < guess.low else guess.high
+    bound = low if value < low else high
     if prediction.scale == "difference":
         return max(0.0, 1.0 - abs(value - bound) / prediction.reach)
     return max(0.0, 1.0 - abs(math.log(value / bound)) / math.log(prediction.reach)) if value > 0 else 0.0
+
+
+def in_words(guess: Guess) -> str:
+    """What the measurement gives: "12 to 13, or 7 to 8 on a GPU at full size"."""
+    told = [f"{low:g}" + (f" to {high:g}" if high > low else "") for low, high in guess.ranges]
+    return told[0] if len(told) == 1 else f"{told[0]}, or {told[1]} on a GPU at full size"
 
 
 def points_of(prediction: Prediction, values: Mapping[str, float | None]) -> float:

@@ -94,12 +94,18 @@ class Exercise:
 class Guess:
     """One number that a student predicts: `variable` as the notebook spells it, `my_growth["tiled"]` say.
 
-    `low` to `high` is what the measurement gives, from machine to machine and from fast to full size.
+    `low` to `high` is what the measurement gives, from machine to machine; `full` is another such range where a GPU
+    and the full size give another number. The nearer range counts.
     """
 
     variable: str
     low: float
     high: float
+    full: tuple[float, float] | None = None
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        return ((self.low, self.high),) if self.full is None else ((self.low, self.high), self.full)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ class Prediction:
 
     def __post_init__(self) -> None:
         ratio = self.scale == "ratio"
-        if not self.guesses or self.reach <= ratio or any(g.low > g.high or (ratio and g.low <= 0)
-                                                          for g in self.guesses):
+        ranges = [pair for guess in self.guesses for pair in guess.ranges]
+        if not ranges or self.reach <= ratio or any(low > high or (ratio and low <= 0) for low, high in ranges):
             raise SpecError(f"prediction {self.name}: expected guesses of low <= high (above 0 for a ratio), and a "
                             "reach above 1 for a ratio, above 0 for a difference")
 

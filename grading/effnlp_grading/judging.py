@@ -44,6 +44,7 @@ class Judged:
     lab: str
     student: str
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     done: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     seconds: float = 0.0
@@ -68,7 +69,8 @@ def judge_task(task: Task) -> Judged:
         sandbox = sandbox_of(task.lab, task.device, task.confined)
         graded = Proctor(sandbox, Seeds(task.key), task.limits, task.device).grade(whole.notebook, task.student, record)
         look = tuple([*whole.sentences, *graded.look])
-        return Judged(task.lab, task.student, record.verdicts, record.done or {}, record.digest, graded.seconds, look)
+        return Judged(task.lab, task.student, record.verdicts, record.predictions, record.done or {}, record.digest,
+                      graded.seconds, look)
 
 
 def grade(submission: str | os.PathLike, lab: str | None = None, *, student: str = "student", device: str = "auto",

@@ -18,7 +18,7 @@ PREDICTION = "predict_"  # of the cell under a prediction, and its name
 
 @dataclass(frozen=True)
 class Step:
-    """One code cell: `run` executes it, `check` judges `exercise`, `predict` a prediction, whose name `exercise` is then.
+    """One code cell: `run` executes it, `check` judges `exercise`, `predict` the prediction that `exercise` names.
 
     `answers` names the exercise that a cell solves, `predicts` the prediction that it makes.
     """
@@ -45,9 +45,9 @@ def steps_of(notebook: NotebookNode, lab: Lab) -> list[Step]:
             if exercise in {e.name for e in lab.exercises} and exercise not in judged:
                 judged.add(exercise)
                 steps.append(Step("check", index, cell.source, exercise))
-            elif name.removeprefix(PREDICTION) in {p.name for p in lab.predictions} and name not in judged:
+            elif name not in judged and name.removeprefix(PREDICTION) in {p.name for p in lab.predictions}:
                 judged.add(name)
-                steps.append(Step("predict", index, cell.source, name))
+                steps.append(Step("predict", index, cell.source, name.removeprefix(PREDICTION)))
         elif "demo" not in cell.metadata.get("tags", []) and cell.source.strip():
             answers = name if nbgrader.get("solution") else ""
             given = bool(nbgrader.get("locked")) or cell.get("id") == "parameters"

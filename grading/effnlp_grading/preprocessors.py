@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nbformat.v4 import new_markdown_cell, new_output
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
-from effnlp_grading.plan import CHECK, digest_of, steps_of
+from effnlp_grading.plan import CHECK, PREDICTION, Step, digest_of, steps_of
 from effnlp_grading.proctor import Graded, Proctor
 from effnlp_grading.records import Record, Seeds
 from effnlp_grading.repair import repair
@@ -89,9 +90,9 @@ class GradeInProctor(NbGraderPreprocessor):
         steps = steps_of(notebook, lab)
         path = record_path(folder, lab.name, where["student"])
         record = Record(path, digest_of(steps), {"student": where["student"]})
-        if record.done is not None and all(s.exercise in record.verdicts for s in steps if s.kind != "run"):
+        if record.done is not None and _whole(record, steps):
             cells = {int(index): said for index, said in record.done.get("cells", {}).items()}
-            graded = Graded(lab.name, where["student"], record.digest, record.verdicts, cells,
+            graded = Graded(lab.name, where["student"], record.digest, record.verdicts, record.predictions, cells,
                             record.done.get("look", []))
         else:
             proctor = Proctor(sandbox_of(lab.name, device, self.sandbox and wants_sandbox()), Seeds.of_course(folder),
@@ -114,6 +115,12 @@ def release_path(course: Path, lab: str, notebook: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def _whole(record: Record, steps: Sequence[Step]) -> bool:
+    """Whether all that a notebook asks to be judged has a verdict."""
+    return (all(s.exercise in record.verdicts for s in steps if s.kind == "check")
+            and all(s.exercise in record.predictions for s in steps if s.kind == "predict"))
+
+
 def write_verdicts(notebook: NotebookNode, graded: Graded) -> None:
     """Put the report and the points into each check's cell, and what other cells said into theirs."""
     for index, cell in enumerate(notebook.cells):
@@ -122,8 +129,9 @@ def write_verdicts(notebook: NotebookNode, graded: Graded) -> None:
         nbgrader = cell.metadata.get("nbgrader") or {}
         cell.outputs = _said(graded.cells.get(index))
         if nbgrader.get("grade") and not nbgrader.get("solution"):
-            verdict = graded.verdicts.get(str(nbgrader.get("grade_id", "")).removeprefix(CHECK))
-            cell.outputs = _verdict_outputs(verdict)
+            grade_id = str(nbgrader.get("grade_id", ""))
+            kept = graded.predictions if grade_id.startswith(PREDICTION) else graded.verdicts
+            cell.outputs = _verdict_outputs(kept.get(grade_id.removeprefix(PREDICTION).removeprefix(CHECK)))
 
 
 def show_rubrics(notebook: NotebookNode, solved: Path) -> None:
@@ -155,7 +163,7 @@ def _verdict_outputs(told: dict[str, Any] | None) -> list[NotebookNode]:
     if told is None:
         return [new_output("display_data", {"text/plain": "This check was not graded."}),
                 new_output("execute_result", {"text/plain": "0.0"})]
-    verdict = verdict_from(told)
+    verdict = verdict_from({"exercise": told.get("prediction", ""), "seed": 0, "variant": {}, "device": "", **told})
     shown = {"text/html": report.markup(verdict), "text/plain": report.text(verdict)}
     return [new_output("display_data", shown), new_output("execute_result", {"text/plain": repr(float(verdict.score))})]
 

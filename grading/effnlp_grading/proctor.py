@@ -18,13 +18,13 @@ from nbformat import NotebookNode
 from effnlp_grading import real_size
 from effnlp_grading.connection import Connection, Ended
 from effnlp_grading.limits import Limits
-from effnlp_grading.plan import PREDICTION, Step, digest_of, steps_of
+from effnlp_grading.plan import Step, digest_of, steps_of
 from effnlp_grading.records import Record, Seeds
 from effnlp_grading.sandbox import Sandbox
 from effnlp_grading.scan import forbidden_in, signs_in
 from effnlp_grading.watch import GpuWatch
 from effnlp_lab import exercises
-from effnlp_lab.exercises.closeness import points_of, predicted_values
+from effnlp_lab.exercises.closeness import in_words, points_of, predicted_values
 from effnlp_lab.exercises.spec import Exercise
 from effnlp_lab.notebook import wire
 from effnlp_lab.notebook.judge import Verdict, judge, versions
@@ -44,13 +44,14 @@ class Graded:
     student: str
     digest: str
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: dict[int, dict[str, Any]] = field(default_factory=dict)
     look: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def score(self) -> float:
-        return sum(v["score"] for v in self.verdicts.values())
+        return sum(v["score"] for v in (*self.verdicts.values(), *self.predictions.values()))
 
 
 class Proctor:
@@ -82,8 +83,13 @@ class Proctor:
                 if step.kind == "run":
                     one.run(place)
                     continue
+                if step.kind == "predict":
+                    if step.exercise not in record.predictions:
+                        record.keep(one.predicted(place))
+                    graded.predictions[step.exercise] = record.predictions[step.exercise]
+                    continue
                 if step.exercise not in record.verdicts:
-                    record.keep(one.judge(place) if step.kind == "check" else one.predicted(place))
+                    record.keep(one.judge(place))
                 graded.verdicts[step.exercise] = record.verdicts[step.exercise]
         finally:
             one.end()
@@ -134,21 +140,19 @@ class _Submission:
 
     def predicted(self, place: int) -> dict[str, Any]:
         """The verdict on the prediction at `place`: from the text of its cell, which is read and not run."""
-        name = self.steps[place].exercise
-        prediction = self.proctor.lab.prediction(name.removeprefix(PREDICTION))
+        prediction = self.proctor.lab.prediction(self.steps[place].exercise)
         source = next((s.source for s in self.steps if s.predicts == prediction.name), "")
         values = predicted_values(prediction, source)
         score = points_of(prediction, values)
-        told = [f"{guess.variable} = {values[guess.variable]:g}, measured: {guess.low:g}"
-                + (f" to {guess.high:g}" if guess.high > guess.low else "")
+        told = [f"{guess.variable} = {values[guess.variable]:g}, measured: {in_words(guess)}"
                 for guess in prediction.guesses if values[guess.variable] is not None]
         whole = len(told) == len(prediction.guesses)
         state = "not attempted" if not told else "correct" if score == prediction.points and whole else "incorrect"
         sentence = ("You predicted " + "; ".join(told) + ". Points are for closeness." if told else
                     "There is no number in the cell of this prediction: write it as a plain number.")
-        verdict = Verdict(name, self.proctor.lab.name, state, score, float(prediction.points), sentence, 0, {},
-                          self.proctor.device, versions=versions())
-        return {**verdict.to_json(), "student": self.graded.student, "submission": self.graded.digest, "look": []}
+        return {"prediction": prediction.name, "lab": self.proctor.lab.name, "state": state, "score": score,
+                "points": float(prediction.points), "sentence": sentence, "student": self.graded.student,
+                "submission": self.graded.digest}
 
     def end(self) -> None:
         if self.session is not None:

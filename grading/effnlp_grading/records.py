@@ -23,6 +23,7 @@ class Record:
     def __init__(self, path: Path | None, digest: str, facts: Mapping[str, Any] | None = None) -> None:
         self.path, self.digest = path, digest
         self.verdicts: dict[str, dict[str, Any]] = {}
+        self.predictions: dict[str, dict[str, Any]] = {}
         self.done: dict[str, Any] | None = None
         lines = _read(path) if path is not None else []
         if lines and lines[0].get("submission") == digest:
@@ -31,6 +32,8 @@ class Record:
             for line in lines[1:]:
                 if "exercise" in line:
                     self.verdicts[line["exercise"]] = line
+                elif "prediction" in line:
+                    self.predictions[line["prediction"]] = line
                 elif "finished" in line:
                     self.done = line
         elif path is not None:
@@ -38,8 +41,11 @@ class Record:
             _replace(path, json.dumps({"submission": digest, **(facts or {})}) + "\n")
 
     def keep(self, verdict: Mapping[str, Any]) -> None:
-        """Keep a verdict; it is on disk when this returns."""
-        self.verdicts[verdict["exercise"]] = dict(verdict)
+        """Keep a verdict, on an exercise or on a prediction; it is on disk when this returns."""
+        if "prediction" in verdict:
+            self.predictions[verdict["prediction"]] = dict(verdict)
+        else:
+            self.verdicts[verdict["exercise"]] = dict(verdict)
         self._append(verdict)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
@@ -57,7 +63,7 @@ class Record:
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """The verdicts in a file, in order; lines that were cut off are left out."""
+    """The verdicts on exercises in a file, in order; lines that were cut off are left out."""
     return [line for line in _read(path) if "exercise" in line]
 
 

@@ -31,6 +31,9 @@ class Writer:
             for verdict in judged.verdicts.values():
                 if verdict["exercise"] not in record.verdicts:
                     record.keep(verdict)
+            for verdict in judged.predictions.values():
+                if verdict["prediction"] not in record.predictions:
+                    record.keep(verdict)
             record.finish(judged.done)
         return self._nbgrader(judged.lab, judged.student)
 

@@ -23,9 +23,8 @@
 # **With or without a GPU.** Everything runs on a laptop. Where there is no GPU, kernels run in Triton's interpreter
 # (slowly, and on small sizes), and what only a GPU can show is counted instead, or said.
 #
-# **Coding assistants.** In this course you may use one to explain an error message, an API or a line that you do not
-# understand, and to write plots. Do not let it fill the blanks: they are short because the thinking is the work, and the
-# predictions below are worth something only if they are yours.
+# {assistants} The blanks are short because the thinking is the work, and the predictions below are worth something
+# only if they are yours.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -187,17 +186,24 @@ check("attention_scores", attention_scores)
 # %% [markdown]
 # ### Exercise: `split_heads` (difficulty 2, 8 minutes, 1 practice point)
 #
-# Where do the heads come from? A model's hidden vector of `width` numbers is cut into `heads` runs of neighbours, each
+# Where do the heads come from? A model's hidden vector of `width` numbers is cut into `heads` pieces, each
 # `dim = width / heads` long, and the heads' axis moves before the length's, so that each head sees a sequence:
 #
 # ```text
-#   one token:   [ a a a | b b b ]          width 6, two heads of three
+#   one token:   [ a a a | b b b ]          runs: width 6, two heads of three
+#                [ a b a b a b ]            turns: the same heads, dealt out like cards
 #
 #   [batch, length, width]  ->  [batch, length, heads, dim]  ->  [batch, heads, length, dim]
 #                        cut                              swap
 # ```
 #
-# Beware of doing both at once. `reshape` never moves a number: it deals the numbers out in the order in which they lie,
+# Both layouts are in use, and nothing in a checkpoint tells which. Here, as in the other labs, one detail of the task
+# is **yours**: a cell prints it, and the check asks for it. In a course it depends on your name.
+# %%
+effnlp_lab.variant("split_heads")
+
+# %% [markdown]
+# Beware of doing both steps at once. `reshape` never moves a number: it deals the numbers out in the order in which they lie,
 # and straight to `[batch, heads, length, dim]` it would mix tokens into heads without a word of complaint.
 #
 # <details><summary>Hint 1</summary>
@@ -207,8 +213,8 @@ check("attention_scores", attention_scores)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# The four axes of the first step are `batch, length, heads, width // heads`. (With einops, both steps are
-# `rearrange(hidden, "b l (h d) -> b h l d", h=heads)`.)
+# For runs, the four axes of the first step are `batch, length, heads, width // heads`. (With einops, both steps are
+# `rearrange(hidden, "b l (h d) -> b h l d", h=heads)`.) For turns, the last two axes of the first step trade places.
 #
 # </details>
 
@@ -218,8 +224,9 @@ def split_heads(hidden, heads):
     """Cut the last axis into heads and put the heads before the length.
 
     hidden: tensor [batch, length, width], of any strides;  heads: int, divides width.
-    Returns a tensor [batch, heads, length, dim] (a view or a copy) with dim = width // heads; head h
-    holds the numbers h * dim to (h + 1) * dim - 1 of each token's vector.
+    Returns a tensor [batch, heads, length, dim] (a view or a copy) with dim = width // heads. By your variant
+    head h holds the numbers h * dim to (h + 1) * dim - 1 of each token's vector (runs), or the numbers
+    h, h + heads, h + 2 * heads, ... (turns).
     """
     ### BEGIN SOLUTION
     batch, length, width = hidden.shape
@@ -435,7 +442,7 @@ class PretendGpu:
 # synchronizing. What does the clock say after the four calls, in milliseconds? Write it down here, then run the cell under
 # it.
 
-# %% tags=["demo"]
+# %% predict="unsynchronized"
 my_naive_milliseconds = None  # your prediction
 
 # %% tags=["demo"]
@@ -594,7 +601,7 @@ else:
 # functions compute the same numbers. How many MiB does each hold at its peak, *beyond* its inputs? Write three numbers
 # down, then run the cell under them.
 
-# %% tags=["demo"]
+# %% predict="peaks"
 my_peaks_in_mib = {"chained": None, "named": None, "with gradients": None}  # your predictions
 
 
@@ -745,7 +752,7 @@ print(f"one hidden state of 100 prompts of 23 tokens: {memory.gib(100 * 23 * 204
 # **Predict first.** How many GiB does one forward pass of 100 prompts of 23 tokens need in float32 with gradients on,
 # weights included? And what happens when the cell is run a second time, while `model_out` still holds the first result?
 
-# %% tags=["demo"]
+# %% predict="lecture_cell"
 my_first_run_in_gib = None  # your prediction
 my_second_run_in_gib = None  # your prediction
 
@@ -1324,7 +1331,26 @@ path = receipt.save()
 # is the price. Blocks move no fewer bytes, since each similarity is still written once and read once. To save that traffic
 # too, product and maximum have to happen in one kernel, on tiles that never leave the chip. That idea, applied to softmax
 # attention, is FlashAttention, and you have just written its outer loops.
+
+# %% [markdown]
+# ## In your own words
 #
+# A colleague puts `time.time()` around one call of a new kernel, reads 0.02 ms, and reports that it is fifty times as
+# fast as PyTorch. What do you ask, and what do you let the colleague measure instead?
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="stopwatch"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.4: the call only hands work to the device; one has to wait for it (synchronize) before the clock is read.
+# - 0.2: the first calls compile and allocate, so there is a warm-up; each run is timed by itself, and the
+#   median counts.
+# - 0.2: the same work for both: shapes, dtype, device, and results that agree.
+# - 0.2: a check against what the hardware can do (bytes over bandwidth, operations over peak), or another
+#   reason to doubt the number.
+
+# %% [markdown]
 # ## What you have learned
 #
 # - A check says what is wrong, where it shows first, and often why; partial credit comes from the parts.

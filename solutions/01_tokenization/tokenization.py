@@ -26,11 +26,11 @@
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your function on fresh random cases,
 # compares with a reference, and says what went wrong, by name where it recognises the slip. Run it as often as you like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a Python feature or a line of
-# the given code, and to make plots prettier. Please write the six core blanks yourself: they are 3 to 10 lines each,
-# and the point of the lab is that you have once held the whole algorithm in your own head. The same holds for libraries:
-# `tokenizers`, `tiktoken`, `sentencepiece`, `transformers` and this kit's own tokenizer are refused inside your answers,
-# and are compared with them in the demos.
+# {assistants} The six core blanks are 3 to 10 lines each, and the point of the lab is that you have once held the whole
+# algorithm in your own head.
+#
+# **Libraries.** `tokenizers`, `tiktoken`, `sentencepiece`, `transformers` and this kit's own tokenizer are refused
+# inside your answers, and are compared with them in the demos.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -150,10 +150,10 @@ check("measure_tokens", measure_tokens)
 # figures below, a little.
 #
 # **Predict first.** Of a hundred words (pre-tokens) in the test text, how many never occurred in the training text?
-# Write your guess in the next cell before you run the one after it. Nobody grades it; a prediction that fails is
-# what makes a measurement stick.
+# Write your guess in the next cell before you run the one after it. It counts a little, by how close it is; and a
+# prediction that fails is what makes a measurement stick.
 
-# %% tags=["demo"]
+# %% predict="unknown_words"
 my_unknown_words_of_100 = None  # your guess, a number from 0 to 100
 
 # %% tags=["demo"]
@@ -422,7 +422,7 @@ for step, chosen in enumerate(toy_merges):
 # the words that hold them, and corrects the counts of those words alone; Hugging Face's `tokenizers` does the same
 # in Rust. On the same text and the same number of merges: how many times faster than yours will `tokenizers` be?
 
-# %% tags=["demo"]
+# %% predict="training_speedup"
 my_speedup_of_tokenizers = None  # your guess: 2, 10, 100, ...
 
 # %% tags=["demo"] needs=["train_bpe"]
@@ -723,8 +723,13 @@ for size, rate in zip(sizes, rates):
 # | 🙂 | `F0 9F 99 82` | `[F0 9F] [99] [82]` | � � � | 🙂 |
 #
 # And a model may write any ids whatever, so some lists of ids are no valid UTF-8 at all. Decoding must not raise: what
-# is invalid becomes U+FFFD, the replacement character `�`, exactly as Python's `errors="replace"` does it.
-#
+# is invalid becomes U+FFFD, the replacement character `�`, exactly as Python's `errors="replace"` does it, or is
+# written out, as `errors="backslashreplace"` does it: a reader wants the one, whoever looks for a bug the other. Yours:
+
+# %%
+effnlp_lab.variant("decode_bpe")
+
+# %% [markdown]
 # ### Exercise 6: decode any bytes
 #
 # *1.5 points, about 25 minutes, difficulty 2 of 5.*
@@ -741,7 +746,7 @@ for size, rate in zip(sizes, rates):
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `b"".join(...)` joins bytes; `.decode("utf-8", errors="replace")` turns them into a str. Once, at the end.
+# `b"".join(...)` joins bytes; `.decode("utf-8", errors=...)` turns them into a str. Once, at the end.
 # </details>
 
 # %% exercise="decode_bpe"
@@ -751,7 +756,7 @@ def decode_bpe(ids: list[int], merges: list[tuple[int, int]]) -> str:
     ids: any list of ids from 0 to 255 + len(merges), possibly empty
     merges: as train_bpe returns them
     Returns the str whose UTF-8 bytes are those of the tokens joined. Bytes that are not valid UTF-8
-    become U+FFFD as bytes.decode("utf-8", errors="replace") has it; nothing is raised.
+    become what your variant says; nothing is raised.
     """
     ### BEGIN SOLUTION
     tokens = [bytes([byte]) for byte in range(256)]
@@ -981,6 +986,23 @@ copy_seconds = 2 * part_bytes / ceilings(device).copy_bytes_per_second
 receipt.add("limit", "memory copy", seconds=copy_seconds, note="copies the text, encodes nothing")
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A bank trains a tokenizer for a service that answers in German and English and writes some Python. Should it have 4,000
+# tokens or 40,000? Say what you would measure, on which text, and what would decide.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="vocabulary_size"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: more merges mean fewer tokens a byte, and with them fewer steps and shorter contexts; the gain gets
+#   smaller and smaller.
+# - 0.3: what a larger vocabulary costs: embedding and output layer, the logits, tokens too rare to be learned.
+# - 0.3: measures tokens a byte (fertility) on held-out text of its own, for each language and for code apart.
+# - 0.1: names a choice and what would change it.
 
 # %% [markdown]
 # ## What you have learned

@@ -25,11 +25,11 @@
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your code on fresh random cases,
 # compares with a reference, and says what went wrong, by name where it recognises the slip. Run it as often as you like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a Python feature (generators,
-# memory maps, threads) or a line of the given code, and to make plots prettier. Please write the six core blanks yourself:
-# they are 3 to 15 lines each, and the bugs of this lab are exactly the ones that look right at a glance, in a
-# student's code and in an assistant's. `torch.utils.data`, `datasets`, `transformers` and this kit's own loader are
-# refused inside your answers, and are compared with them in the demos. NumPy and the rest of torch are yours to use.
+# {assistants} The six core blanks are 3 to 15 lines each, and the bugs of this lab are exactly the ones that look right at
+# a glance, in a student's code and in an assistant's.
+#
+# **Libraries.** `torch.utils.data`, `datasets`, `transformers` and this kit's own loader are refused inside your
+# answers, and are compared with them in the demos. NumPy and the rest of torch are yours to use.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -251,7 +251,7 @@ check("read_document", read_document)
 # **Predict first.** By how many megabytes will the process's own (anonymous) memory grow while your function reads
 # through the largest file, 128 MB (at full size 10,000 MB), one document after another?
 
-# %% tags=["demo"]
+# %% predict="memory_growth"
 my_growth_in_mb = None  # your guess, in megabytes
 
 # %% tags=["demo"] needs=["read_document"]
@@ -956,7 +956,7 @@ print(f"every 50th text comes back unchanged: {back}")
 # **Predict first.** These texts go into batches of 64, in their order of arrival, each batch padded to its own longest text.
 # Of 100 slots in those rectangles, how many hold padding?
 
-# %% tags=["demo"]
+# %% predict="padding_share"
 my_padding_of_100_slots = None  # your guess, a number from 0 to 100
 
 # %% tags=["demo"] needs=["padded_batches"]
@@ -1527,6 +1527,24 @@ for (role, way), batches in rows_of.items():
     )
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A training run stopped in the middle of epoch 2 and was resumed on half as many GPUs. From there on the loss is lower
+# than before, too low to be true. What may have happened to the data, and how would you find out?
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="resumed_run"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.4: samples come twice (or a part is never seen): order or place was not kept, and the run reads what it
+#   has read already.
+# - 0.3: why: the place was stored for each rank or worker, or the order depends on the number of ranks; with an
+#   order of (seed, epoch) and one global place it would not.
+# - 0.3: a test that would tell: log the ids of the samples, before and after, and look for ids that come twice
+#   or not at all in the epoch.
 
 # %% [markdown]
 # ## What you have learned

@@ -24,11 +24,11 @@
 # compares with a reference, and says what went wrong, by name where it recognises the slip. Run it as often as you
 # like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a line of the given code or
-# of PyTorch's documentation, and to change the plots. Please write the six core blanks yourself: they are 3 to 20
-# lines each, and the slips in them are the ones that cost real training runs. `torch.utils.checkpoint`,
-# `torch.amp.GradScaler`, `accelerate`, `transformers` and this kit's own training code are refused inside your
-# answers; the demos compare with them.
+# {assistants} The six core blanks are 3 to 20 lines each, and the slips in them are the ones that cost real training
+# runs.
+#
+# **Libraries.** `torch.utils.checkpoint`, `torch.amp.GradScaler`, `accelerate`, `transformers` and this kit's own
+# training code are refused inside your answers; the demos compare with them.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -332,7 +332,7 @@ print(f"{'the lecture':32} c1 = 20, c2 = 3")
 # **Predict first.** The model trains on batches of 1, 2, 4 and 8 samples. If you double the batch from 4 to 8, by
 # what factor does the peak memory grow? Write your guess down before you run the cell after it.
 
-# %% tags=["demo"]
+# %% predict="doubled_batch"
 my_factor_from_4_to_8 = None  # your guess
 
 # %% tags=["demo"] needs=["training_memory"]
@@ -1062,10 +1062,11 @@ print(f"{told}; the loss went from {history[0][2]:.2f} to {history[-1][2]:.2f}")
 # size, sentences) of the course's English text, in batches; the first row pads all of them to the longest that the
 # model reads.
 #
-# **Predict first.** Which of the six savings make a step slower? And which one saves most memory? Write your guesses
-# down.
+# **Predict first.** Which of the six savings make a step slower? How many times as long as a plain step does one with
+# checkpointing take? And which saving saves most memory? Write your guesses down.
 
-# %% tags=["demo"]
+# %% predict="cost_of_savings"
+my_cost_of_checkpointing = None  # for example 3: three times as long
 my_slower_ones = None  # for example ["accumulation"]
 my_best_saver = None  # accumulation, checkpointing, bf16, dynamic padding, 8-bit state or compile
 
@@ -1493,6 +1494,23 @@ receipt.add("limit", "matrix products alone", flops=flops,
             seconds=flops / ceilings(device).matmul_flops_per_second, note="at the rate of a large product")
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A fine-tuning run needs 30 GB, and your card has 16. Name the two savings that you would try first, in their order. Why
+# these, what does each cost, and what would you look at to see whether the result is still the same?
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="first_savings"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: asks first what fills the memory (states of the model, or hidden states), by the formula or by
+#   measuring.
+# - 0.4: two savings that cut that part, each with its price: time for checkpointing and accumulation, precision
+#   for bf16 and 8-bit states.
+# - 0.3: says which are exact and which are not, and compares loss (or gradients) with a run without them.
 
 # %% [markdown]
 # ## What you have learned

@@ -25,11 +25,11 @@
 # random cases, compares with a reference, and says what went wrong, by name where it recognises the slip. Run it as
 # often as you like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a line of the given code or
-# of PyTorch's documentation, and to change the plots. Please write the six core blanks yourself: they are 4 to 15
-# lines each, and a slip in them trains without an error message and learns nothing, or a little less. `peft`,
-# `bitsandbytes`, `transformers` and this kit's own adapters are refused inside your answers; the demos compare with
-# them.
+# {assistants} The six core blanks are 4 to 15 lines each, and a slip in them trains without an error message and learns
+# nothing, or a little less.
+#
+# **Libraries.** `peft`, `bitsandbytes`, `transformers` and this kit's own adapters are refused inside your answers; the
+# demos compare with them.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -525,7 +525,7 @@ def step_costs(prepare):
 # rank 8 reach, which trains one weight in twenty-two? And prompt tuning, which trains one in three thousand? Write
 # two numbers down before you run the cell after it.
 
-# %% tags=["demo"]
+# %% predict="share_of_gain"
 my_share_of_lora = None  # your guess, in percent of what full fine-tuning gains
 my_share_of_prompt_tuning = None
 
@@ -833,7 +833,7 @@ check("NF4", NF4)
 # error of evenly spaced levels larger than NF4's? And with one absmax for the whole matrix instead of blocks, by what
 # factor does NF4's error grow? Write both down.
 
-# %% tags=["demo"]
+# %% predict="level_errors"
 my_factor_even_over_nf4 = None  # your guess
 my_factor_whole_over_blocks = None
 
@@ -1323,6 +1323,24 @@ receipt.add("limit", "products of LoRA alone", flops=flops,
             seconds=flops / ceilings(device).matmul_flops_per_second, note="at the rate of a large product")
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A hospital wants one language model adapted to each of its forty wards, on one machine with one GPU. Full fine-tuning,
+# LoRA or something smaller? Decide, and say which measurement of this lab your decision rests on, and what it leaves open.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="forty_wards"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: one frozen base and forty small adapters: storage and memory of forty whole models against it, with
+#   numbers.
+# - 0.3: what is given up: the share of full fine-tuning's gain that LoRA reaches here, and that it depends on
+#   the task.
+# - 0.2: serving: adapters change with the request, and merging one loses that.
+# - 0.2: what is open: our text is one domain and our model is small; a test for each ward on text of its own.
 
 # %% [markdown]
 # ## What you have learned

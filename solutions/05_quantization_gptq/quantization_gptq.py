@@ -30,10 +30,10 @@
 # Codes are compared exactly: the cases leave room around the points where rounding could go either way, so the order
 # in which you add things up does not matter.
 #
-# **Coding assistants.** You may ask an assistant to explain an equation, an error message, a function of PyTorch or a
-# line of the given code, and to change the plots. Please write the six core blanks yourself. GPTQ is an algorithm
-# of which wrong versions still lower the error; an assistant hands them out too, and what you are here for is to be
-# able to tell. This kit's own quantization and bitsandbytes are refused inside your answers; the demos compare with
+# {assistants} GPTQ is an algorithm of which wrong versions still lower the error; an assistant hands them out too, and
+# what you are here for is to be able to tell.
+#
+# **Libraries.** This kit's own quantization and bitsandbytes are refused inside your answers; the demos compare with
 # them.
 
 # %% tags=["parameters"]
@@ -338,7 +338,7 @@ plots.show(figure, "The weights of one row as points, and for each of four group
 # on the longer ones for a GPU. What will it be when every weight of the layers is rounded to nearest in 4, 3 and 2
 # bits, in groups of 64? Write your guesses down before you run the cell after the next.
 
-# %% tags=["demo"]
+# %% predict="perplexity_by_bits"
 my_perplexity = {4: None, 3: None, 2: None}  # your guesses
 
 # %% tags=["demo"] needs=["round_to_nearest"]
@@ -900,10 +900,13 @@ plots.show(figure, f"Perplexity against bits a weight, falling towards {full_per
 #   codes          5     12    0     9     3        5 columns: the last byte is half empty
 #   low first      0xC5        0x90        0x03     byte = first | second << 4
 #   high first     0x5C        0x09        0x30     byte = first << 4 | second
+#   low half       0x95        0x3C        0x00     byte i = column i | column i + 3 << 4
+#   high half      0x59        0xC3        0x00     byte i = column i << 4 | column i + 3
 # ```
 #
-# Both orders are in use. GPTQ's checkpoints fill int32 words from the low end, which on the disk is "low first";
-# bitsandbytes and PyTorch's own int4 kernels take "high first". Nothing in the bytes tells, so a file format has to.
+# All of them are in use. GPTQ's checkpoints fill int32 words from the low end, which on the disk is "low first";
+# bitsandbytes and PyTorch's own int4 kernels take "high first"; kernels that unpack a whole register at a time put
+# columns that lie half a row (or half a tile) apart into a byte. Nothing in the bytes tells, so a file format has to.
 #
 # ### Exercise 6: two codes in a byte
 #
@@ -925,7 +928,7 @@ effnlp_lab.variant("Int4Weight")
 # <details><summary>Hint 2</summary>
 #
 # `x & 15` keeps the low four bits, `x >> 4` brings the high ones down. `torch.stack([first, second], dim=-1)` followed
-# by `.flatten(1)` puts two sequences into turns: first, second, first, second.
+# by `.flatten(1)` puts two sequences into turns: first, second, first, second; `torch.cat` puts one after the other.
 # </details>
 # <details><summary>Hint 3</summary>
 #
@@ -939,9 +942,9 @@ class Int4Weight:
 
     codes: uint8 [rows, columns], 0 to 15; scale: float32 [rows, groups] and zero: uint8 [rows, groups],
         where groups divides columns
-    `packed` is uint8 [rows, ceil(columns / 2)]: byte i of a row holds the codes of columns 2i and 2i + 1, in
-    the order that your variant says; without a column 2i + 1 its half is 0. The object keeps packed, scale
-    and zero, and no other copy of the codes.
+    `packed` is uint8 [rows, ceil(columns / 2)]: byte i of a row holds the codes of columns 2i and 2i + 1 (or i
+    and i + ceil(columns / 2), where your variant speaks of halves), in the order that your variant says; without a
+    second column its half is 0. The object keeps packed, scale and zero, and no other copy of the codes.
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
@@ -995,7 +998,7 @@ print("high first, as NumPy's bitorder='big':  ", numpy.array_equal(mine.packed.
 # of rows in the table? Write it down. (On a CPU the question is another: there the codes are unpacked by plain PyTorch
 # at every call. Is it faster at all?)
 
-# %% tags=["demo"]
+# %% predict="product_speedup"
 my_speedup = {"one row": None, "many rows": None}  # your guesses
 
 # %% tags=["demo"] needs=["Int4Weight"]
@@ -1525,6 +1528,24 @@ else:
 receipt.add("limit", "4 bits alone", bytes_moved=count / 2)
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A product manager wants a model of 7 billion weights on laptops, in 3 bits. What do you promise, what do you refuse to
+# promise, and what do you measure before it ships?
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="laptop_model"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: bytes: about 3 bits a weight and the groups' scales on top, so about 3 GB instead of 14.
+# - 0.3: quality: round to nearest hurts at 3 bits, GPTQ with groups hurts less; it depends on the model and has
+#   to be measured on text (or tasks) of the product's own, not on the calibration data.
+# - 0.2: speed is a property of the kernel, not of the format: no promise without one, and it pays for single
+#   streams of text.
+# - 0.2: a fallback: 4 bits, smaller groups, or outliers kept.
 
 # %% [markdown]
 # ## What you have learned

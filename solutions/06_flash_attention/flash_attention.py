@@ -31,11 +31,11 @@
 # compares with attention in float64, and says what went wrong, by name where it recognises the slip. Some cases also
 # count the memory that you use: an answer that is right but builds the whole score matrix is *over budget*.
 #
-# **Coding assistants.** You may ask an assistant to explain an equation, an error message, a function of PyTorch or
-# Triton, or a line of the given code, and to make plots prettier. Please write the blanks yourself: flash attention
-# is printed on half the internet, and what you are here for is to find out why each of its lines has to be there. The
-# fused functions (`scaled_dot_product_attention`, `flash_attn`, this kit's own attention) are refused inside your
-# answers, and are what you are compared with in the demos.
+# {assistants} Flash attention is printed on half the internet, and what you are here for is to find out why each of its
+# lines has to be there.
+#
+# **Libraries.** The fused functions (`scaled_dot_product_attention`, `flash_attn`, this kit's own attention) are refused
+# inside your answers, and are what you are compared with in the demos.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -119,6 +119,13 @@ plots.show(figure, "Three kinds of memory of an A100: 20 MB on the chip at 19,00
 # number takes 4 bytes in float32 and 2 in float16. Count exactly what the table lists, for all heads. A causal mask
 # changes nothing in the count: the plain way computes the whole square and hides half of it.
 #
+# Libraries differ in one thing: some keep the scores between the steps in the dtype of the inputs, others in float32,
+# which is safer and costs bytes. The next cell says which ones **you** count. (The tables further down count the former.)
+
+# %%
+effnlp_lab.variant("counted_attention")
+
+# %% [markdown]
 # <details><summary>Hint 1</summary>
 #
 # `q @ k.transpose(-2, -1)` is [heads, queries, keys]. A hidden key must get the weight 0, and softmax gives exactly 0
@@ -142,7 +149,7 @@ def counted_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Te
     q: [heads, queries, dim]; k, v: [heads, keys, dim], with keys >= queries; float32 or float16
     causal: whether query i sees only the keys 0 to i + keys - queries
     Returns (output, moved): the output is [heads, queries, dim] in the dtype of q; moved is an int, the bytes read and
-    written by the three steps of the table above.
+    written by the three steps of the table above, with scores and weights of the size that your variant says.
     """
     ### BEGIN SOLUTION
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -169,7 +176,7 @@ check("counted_attention", counted_attention)
 # **Predict first.** Head dimension 64, float16, 4,096 tokens: how many times as many bytes does standard attention
 # move as it would have to? Write your guess in the next cell before you run the one after it.
 
-# %% tags=["demo"]
+# %% predict="wasted_traffic"
 my_times_too_many = None  # your guess, for example 3
 
 # %% tags=["demo", "nbval-check-output"] needs=["counted_attention"]
@@ -498,7 +505,7 @@ check("tiled_forward", tiled_forward)
 # **Predict first.** Twice the length: by how much does the peak of memory grow for standard attention, and by how
 # much for your tiles (in the limit of long texts)? Write both factors down.
 
-# %% tags=["demo"]
+# %% predict="memory_growth_by_length"
 my_growth = {"standard": None, "tiled": None}  # your guesses, for example 3
 
 # %% tags=["demo"]
@@ -1583,6 +1590,23 @@ receipt.add("limit", "matrix product or copy", bytes_moved=necessary, flops=squa
             seconds=max(square / 2 / best.matmul_flops_per_second, necessary / best.copy_bytes_per_second))
 receipt.show()
 print("Saved as", receipt.save().name)
+
+# %% [markdown]
+# ## In your own words
+#
+# Flash attention does more arithmetic than the standard way, and is faster. Explain this to somebody who compares
+# algorithms by their FLOPs. Then name a case in which it would gain nothing, or hardly anything.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="more_operations"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.4: the time goes into moving scores and weights to the GPU's memory and back; arithmetic waits for it.
+# - 0.3: tiles and the running maximum keep the scores on the chip; the backward pass computes them again, which
+#   costs operations and saves bytes.
+# - 0.3: a sound case: short sequences, where the square is small; decoding with one query, which reads K and V
+#   once anyway; a step whose time is in the linear layers.
 
 # %% [markdown]
 # ## What you have learned

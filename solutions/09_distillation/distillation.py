@@ -24,11 +24,11 @@
 # compares value and gradients with a reference, and says what went wrong, by name where it recognises the slip. Run it
 # as often as you like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a line of the given code or
-# of PyTorch's documentation, and to change the plots. Please write the five core blanks yourself: they are 3 to 15
-# lines each, and nearly every slip in them trains without an error message, only towards something else. `liger_kernel`,
-# `trl`, `transformers` and this kit's own distillation are refused inside your answers; the demos compare with them.
-# PyTorch's `kl_div` is allowed, and deserves a careful look at its documentation.
+# {assistants} The five core blanks are 3 to 15 lines each, and nearly every slip in them trains without an error message,
+# only towards something else.
+#
+# **Libraries.** `liger_kernel`, `trl`, `transformers` and this kit's own distillation are refused inside your answers; the
+# demos compare with them. PyTorch's `kl_div` is allowed, and deserves a careful look at its documentation.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -332,7 +332,7 @@ check("student_weights", student_weights)
 # %% tags=["nbval-check-output"]
 print(f"{math.log(4096):.2f} nats")
 
-# %% tags=["demo"]
+# %% predict="untrained_half"
 my_loss_of_the_untrained_half = None  # your guess, in nats a token
 my_better_half = None  # "every other" or "first half"
 
@@ -413,7 +413,7 @@ if my_loss_of_the_untrained_half is not None:
 # **Predict first.** (a) How much more does a distilled step cost, in percent? You have the sizes: print them. (b) At
 # the same **compute**, teacher included, which of the four runs ends lowest?
 
-# %% tags=["demo"]
+# %% predict="cost_of_a_step"
 my_extra_cost_in_percent = None  # your guess
 my_winner_at_the_same_compute = None  # the name of a run
 
@@ -1120,6 +1120,24 @@ receipt.add("limit", "four products, two gradients", peak_bytes=gradients,
             seconds=products / ceilings(device).matmul_flops_per_second, note="at the rate of a large product")
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# You may spend a fixed number of GPU hours on a small model. When would you distil it from a large one, and when would you
+# rather train it on more text? Use what you measured, and say what your measurement cannot tell.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="worth_it"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: the teacher's forward pass has to be paid for in every step (or its logits stored), so the comparison
+#   is at the same compute.
+# - 0.3: whose teacher it is: one that exists is free, one that is trained for the purpose is most of the bill.
+# - 0.2: the start (layers of the teacher) and the loss are two things, and their gains were measured apart.
+# - 0.2: limits: small models, short runs, one kind of text; at the fast size the ranking of the losses says
+#   little.
 
 # %% [markdown]
 # ## What you have learned

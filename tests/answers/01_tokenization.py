@@ -230,6 +230,15 @@ def fertility(texts, merges, baseline):
 }
 
 VARIANT_ANSWERS = {
+    "decode_bpe": {
+        "invalid=escape": '''
+def decode_bpe(ids, merges):
+    def spell(i):
+        return bytes([i]) if i < 256 else spell(merges[i - 256][0]) + spell(merges[i - 256][1])
+
+    return str(b"".join(map(spell, ids)), "utf-8", "backslashreplace")
+''',
+    },
     "train_bpe": {
         "ties=largest": '''
 def train_bpe(words, counts, vocab_size):

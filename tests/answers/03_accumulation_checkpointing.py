@@ -284,6 +284,6 @@ def factored_update(gradient, row, column, decay):
 
 VARIANT_ANSWERS = {
     "training_memory": {"gradients=float32": MEMORY.format(width="4")},
-    "scaled_step": {"growth_interval=4": SCALED.format(interval=4)},
+    "scaled_step": {f"growth_interval={n}": SCALED.format(interval=n) for n in "456"},
     "checkpoint_segments": {"remainder=last": SEGMENTS.format(first=False)},
 }

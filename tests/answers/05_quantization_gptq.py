@@ -51,6 +51,25 @@ class Int4Weight:
         return torch.nn.functional.linear(x, weight.to(x.dtype))
 """
 
+INT4_HALVES = """
+class Int4Weight:
+    def __init__(self, codes, scale, zero):
+        self.columns, self.scale, self.zero = codes.shape[1], scale, zero
+        half = (self.columns + 1) // 2
+        first, second = codes[:, :half], torch.zeros_like(codes[:, :half])
+        second[:, : self.columns - half] = codes[:, half:]
+        self.packed = first * {low} + second * {high}
+
+    def codes(self):
+        return torch.cat([self.packed // {low} % 16, self.packed // {high} % 16], dim=1)[:, : self.columns]
+
+    def matmul(self, x):
+        rows, groups = self.scale.shape
+        centred = self.codes().reshape(rows, groups, -1).float() - self.zero[:, :, None].float()
+        weight = (centred * self.scale[:, :, None]).reshape(rows, -1)
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
+"""
+
 INT3 = """
 def pack_int3(codes):
     rows, columns = codes.shape
@@ -329,6 +348,10 @@ def find_outliers(weight, importance, bits, group_size, count):
 }
 
 VARIANT_ANSWERS = {
-    "Int4Weight": {"nibbles=high first": INT4.format(odd=0)},
+    "Int4Weight": {
+        "nibbles=high first": INT4.format(odd=0),
+        "nibbles=low half": INT4_HALVES.format(low=1, high=16),
+        "nibbles=high half": INT4_HALVES.format(low=16, high=1),
+    },
     "pack_int3": {"bits=high first": INT3.format(bit="(2 - bit)", shift="(7 - place % 8)")},
 }

@@ -604,6 +604,17 @@ def backward_kernel_twin(q, k, v, d_out, lse, delta, dq, dk, dv, causal, block_q
 }
 
 VARIANT_ANSWERS = {
+    "counted_attention": {
+        "scores=float32": """
+def counted_attention(q, k, v, causal):
+    scores = (q / math.sqrt(q.shape[2])) @ k.mT
+    if causal:
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    outside = sum(x.numel() * x.element_size() for x in (q, q, k, v))
+    return scores.softmax(2) @ v, outside + 16 * scores.numel()
+""",
+    },
     "tiled_forward": {
         "lse=base 2": TILED_BY_MERGING.replace("{factor}", "1.0"),
     },

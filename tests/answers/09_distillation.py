@@ -202,5 +202,5 @@ def width_masks(log_alpha, uniforms, target, linear, square):
 
 VARIANT_ANSWERS = {
     "student_weights": {"layers=odd": STUDENT.format(first=1)},
-    "divergence": {"beta=0.6": DIVERGENCE.format(beta=0.6)},
+    "divergence": {f"beta={beta}": DIVERGENCE.format(beta=beta) for beta in ("0.6", "0.35", "0.7")},
 }

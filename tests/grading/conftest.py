@@ -66,6 +66,7 @@ def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Cl
                 _submit(course, master, student, written[student])
             pairs = [(LAB, student) for student in STUDENTS]
             grade_class(course, pairs, device="cpu", environment={"EFFNLP_SEED": str(SEED), "EFFNLP_FAST": "1"})
+            _grade_by_hand(course)
             (shared / "graded_class.done").touch()
     return Class(course, master, written)
 
@@ -95,9 +96,34 @@ def _submit(course: Course, master: Master, student: str, written: dict[str, str
     if student == "crumbled":
         cell = next(cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("solution"))
         del cell.metadata["nbgrader"]
+        _judge_for_oneself(notebook)
     path = course.submission(student, LAB)
     path.parent.mkdir(parents=True)
     nbformat.write(notebook, path)
+
+
+def _judge_for_oneself(notebook: nbformat.NotebookNode) -> None:
+    """Predictions and a written answer, in cells that lost their metadata and their ids."""
+    numbers = {"my_unknown_words_of_100": "8", "my_speedup_of_tokenizers": "100 * 1.5"}
+    for place, cell in enumerate(notebook.cells):
+        written = cell.metadata.get("nbgrader", {}).get("grade_id") == "written_vocabulary_size"
+        if not written and "predict" not in cell.metadata.get("effnlp", {}):
+            continue
+        for name, number in numbers.items():
+            cell.source = cell.source.replace(f"{name} = None", f"{name} = {number}")
+        cell.source = "Forty thousand, and here is why." if written else cell.source
+        cell.metadata, cell["id"] = nbformat.NotebookNode(), f"other-{place}"
+
+
+def _grade_by_hand(course: Course) -> None:
+    """What formgrader does when a person gives 0.7 of 1 to the one written answer."""
+    from nbgrader.api import Gradebook
+
+    with Gradebook(course.db_url) as book:
+        grade = book.find_grade("written_vocabulary_size", "tokenization", LAB, "crumbled")
+        assert grade.needs_manual_grade and grade.max_score == 1.0
+        grade.manual_score, grade.needs_manual_grade = 0.7, False
+        book.db.commit()
 
 
 def _leave_answers_about(folder: Path) -> None:

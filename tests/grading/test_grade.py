@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 
+import nbformat
 import pytest
 from effnlp_grading import sample_class
 from effnlp_grading.autograde import grade_class
@@ -19,6 +20,8 @@ from effnlp_grading.cli import main
 from effnlp_grading.course import environment_with_kit
 
 from effnlp_lab.errors import UsageError
+
+WRITTEN = "written_vocabulary_size"
 
 
 def test_gradebook_has_the_judges_points(graded_class):
@@ -37,11 +40,14 @@ def test_gradebook_has_the_judges_points(graded_class):
 def test_submission_without_metadata_is_repaired_and_scored_in_full(graded_class):
     """What an editor dropped costs no point; what was mended is told to the instructor."""
     grades = graded_class.course.grades(graded_class.lab)
-    assert grades["crumbled"].score == graded_class.master.lab.checked_points
+    judged = 0.25 + 0.19 + 0.7  # two predictions, and what a person gave the written answer (conftest.py)
+    assert grades["crumbled"].score == pytest.approx(graded_class.master.lab.checked_points + judged)
     result = grade_class(graded_class.course, [(graded_class.lab, "crumbled")], device="cpu", force=True, jobs=1,
                          environment={"EFFNLP_SEED": str(graded_class.seed)})[0]
     first = graded_class.master.lab.exercises[0].name
-    assert result.state == "graded" and result.look == (f"The cell {first} had lost its metadata: it is given back.",)
+    assert result.state == "graded" and result.grade == grades["crumbled"]
+    lost = (first, WRITTEN)
+    assert result.look == tuple(f"The cell {name} had lost its metadata: it is given back." for name in lost)
 
 
 def test_what_has_not_changed_is_kept(graded_class, monkeypatch, capsys):
@@ -65,13 +71,38 @@ def test_feedback_pages_show_the_report(graded_class):
 
 
 def test_demos_are_not_run(graded_class):
-    import nbformat
-
     cells = nbformat.read(graded_class.course.autograded("perfect", graded_class.lab), as_version=4).cells
     demos = [cell for cell in cells if "demo" in cell.metadata.get("tags", [])]
-    checks = [cell for cell in cells if cell.metadata.get("nbgrader", {}).get("grade")]
+    checks = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.get("nbgrader", {}).get("grade")]
     assert demos and all(not cell.outputs and cell.execution_count is None for cell in demos)
     assert checks and all(cell.outputs for cell in checks)
+
+
+def test_predictions_earn_points_by_closeness(graded_class):
+    """Read from the cell's text; the feedback tells what was measured."""
+    from nbgrader.api import Gradebook
+
+    course, lab = graded_class.course, graded_class.lab
+    with Gradebook(course.db_url) as book:
+        points = {student: {g.name: (g.auto_score, g.max_score) for n in book.find_submission(lab, student).notebooks
+                            for g in n.grades if g.name.startswith("predict_")} for student in ("crumbled", "blank")}
+    assert points["crumbled"] == {"predict_unknown_words": (0.25, 0.25), "predict_training_speedup": (0.19, 0.25)}
+    assert set(points["blank"].values()) == {(0.0, 0.25)}
+    page = course.feedback("crumbled", lab).read_text("utf-8")
+    assert "my_unknown_words_of_100 = 8, measured: 5 to 15" in page
+
+
+def test_written_answer_waits_for_a_person(graded_class):
+    """The rubric stands above the answer and in no release; a blank is worth 0 at once."""
+    from nbgrader.api import Gradebook
+
+    course, lab = graded_class.course, graded_class.lab
+    cells = nbformat.read(course.autograded("crumbled", lab), as_version=4).cells
+    place = next(i for i, c in enumerate(cells) if c.metadata.get("nbgrader", {}).get("grade_id") == WRITTEN)
+    assert cells[place].source == "Forty thousand, and here is why." and "Rubric" in cells[place - 1].source
+    assert "Rubric" not in (course.root / "labs" / lab / "tokenization.ipynb").read_text("utf-8")
+    with Gradebook(course.db_url) as book:
+        assert not book.find_grade(WRITTEN, "tokenization", lab, "blank").needs_manual_grade
 
 
 def test_export_writes_csv(graded_class, tmp_path):

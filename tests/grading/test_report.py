@@ -59,8 +59,8 @@ def test_report_says_what_the_gradebook_holds(shown, tmp_path):
     page = report.write(shown, tmp_path / "report")
     tree = BeautifulSoup(page.read_text("utf-8"), "html.parser")
     rows = {row.th.contents[0]: row.text for row in tree.select("tbody tr") if row.th}
-    assert "full points" in rows["perfect"] and "10 of 10" in rows["perfect"]
-    assert "no points" in rows["blank"] and "0 of 10" in rows["blank"]
+    assert "part of the points" in rows["perfect"] and "10 of 11.5" in rows["perfect"]  # nothing predicted or written
+    assert "no points" in rows["blank"] and "0 of 11.5" in rows["blank"]
     assert "not graded: the kernel <died>" in rows["student_1"]
     assert tree.select_one(".bad").li.text == "student_1: the kernel <died>"
     assert not tree.select(".good")

@@ -155,6 +155,8 @@ class SplitHeads(Reference):
 
     def expected(self, inputs, variant):
         hidden, heads = inputs["hidden"].double(), inputs["heads"]
+        if variant["heads"] == "turns":
+            return torch.stack([hidden[..., first::heads] for first in range(heads)], dim=1)
         return torch.stack(hidden.chunk(heads, dim=-1), dim=1)
 
     mistakes = (

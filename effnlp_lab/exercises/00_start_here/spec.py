@@ -1,6 +1,6 @@
 """Lab 00: how a check speaks, shapes, honest timing, peak memory, three first kernels. Nothing here is graded."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 _TILES = {"whole tiles": 0.5, "ragged edges": 0.5}
 
@@ -45,6 +45,11 @@ LAB = Lab(
             ' -> Float[Tensor, "batch heads length width/heads"]',
             parts={"one head": 0.3, "several heads": 0.7},
             seconds=10.0,
+            variants={"heads": ("runs", "turns")},
+            variant_text={
+                "runs": "Your heads: RUNS of neighbours, head 0 first, as in most models.",
+                "turns": "Your heads: taken in TURNS, number 0 to head 0, number 1 to head 1, and so on.",
+            },
         ),
         Exercise(
             "timed",
@@ -138,4 +143,19 @@ LAB = Lab(
             twin_of="tiled_matmul",
         ),
     ),
+    predictions=(
+        Prediction("unsynchronized", (Guess("my_naive_milliseconds", 2.0, 2.0),)),
+        Prediction(
+            "peaks",
+            (
+                Guess('my_peaks_in_mib["chained"]', 32.0, 32.0),
+                Guess('my_peaks_in_mib["named"]', 48.0, 48.0),
+                Guess('my_peaks_in_mib["with gradients"]', 48.0, 48.0),
+            ),
+        ),
+        Prediction(
+            "lecture_cell", (Guess("my_first_run_in_gib", 12.0, 13.5), Guess("my_second_run_in_gib", 20.0, 22.5))
+        ),
+    ),
+    written=(Written("stopwatch"),),
 )

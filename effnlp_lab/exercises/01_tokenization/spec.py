@@ -1,6 +1,6 @@
 """Lab 01: tokenization."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("tokenizers", "tiktoken", "sentencepiece", "transformers", "effnlp_lab.tokenization")
 
@@ -82,6 +82,12 @@ LAB = Lab(
             parts={"text": 0.5, "bytes": 0.5},
             seconds=5.0,
             forbidden=LIBRARIES,
+            variants={"invalid": ("replace", "escape")},
+            variant_text={
+                "replace": "Your rule for bytes that are not UTF-8: U+FFFD, as Python's errors=\"replace\" has it.",
+                "escape": "Your rule for bytes that are not UTF-8: written out as \\xff, as Python's "
+                "errors=\"backslashreplace\" has it.",
+            },
         ),
         Exercise(
             "encode_special",
@@ -109,4 +115,9 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction("unknown_words", (Guess("my_unknown_words_of_100", 5.0, 15.0),), reach=30.0, scale="difference"),
+        Prediction("training_speedup", (Guess("my_speedup_of_tokenizers", 10.0, 100.0),), reach=5.0),
+    ),
+    written=(Written("vocabulary_size"),),
 )

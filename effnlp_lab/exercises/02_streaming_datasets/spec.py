@@ -1,6 +1,6 @@
 """Lab 02: streaming datasets."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("datasets", "transformers", "torch.utils.data", "effnlp_lab.streaming")
 
@@ -122,4 +122,9 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction("memory_growth", (Guess("my_growth_in_mb", 0.0, 2.0),), reach=30.0, scale="difference"),
+        Prediction("padding_share", (Guess("my_padding_of_100_slots", 70.0, 85.0),), reach=40.0, scale="difference"),
+    ),
+    written=(Written("resumed_run"),),
 )

@@ -1,6 +1,6 @@
 """Lab 03: the memory of a training step, accumulation, checkpointing, and mixed precision."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.training", "accelerate", "transformers")
 CHECKPOINTS = (*LIBRARIES, "torch.utils.checkpoint")
@@ -92,10 +92,9 @@ LAB = Lab(
             parts={"unscale and clip": 0.4, "overflow": 0.3, "scale": 0.3},
             seconds=5.0,
             forbidden=(*LIBRARIES, "torch.amp.GradScaler", "torch.cuda.amp"),
-            variants={"growth_interval": ("3", "4")},
+            variants={"growth_interval": ("3", "4", "5", "6")},
             variant_text={
-                "3": "Your growth interval: the scale doubles after 3 good steps in a row.",
-                "4": "Your growth interval: the scale doubles after 4 good steps in a row.",
+                n: f"Your growth interval: the scale doubles after {n} good steps in a row." for n in "3456"
             },
         ),
         Exercise(
@@ -131,4 +130,9 @@ LAB = Lab(
             forbidden=(*LIBRARIES, "torch.optim.Adafactor"),
         ),
     ),
+    predictions=(
+        Prediction("doubled_batch", (Guess("my_factor_from_4_to_8", 1.6, 1.9),), reach=1.3),
+        Prediction("cost_of_savings", (Guess("my_cost_of_checkpointing", 1.2, 1.6),), reach=2.0),
+    ),
+    written=(Written("first_savings"),),
 )

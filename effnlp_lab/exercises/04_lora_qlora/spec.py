@@ -1,6 +1,6 @@
 """Lab 04: adapting a frozen model, and keeping what is frozen in four bits."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.adapters", "effnlp_lab.quantization", "peft", "bitsandbytes", "transformers")
 QUANTIZERS = (
@@ -152,4 +152,18 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction(
+            "share_of_gain",
+            (Guess("my_share_of_lora", 75.0, 105.0), Guess("my_share_of_prompt_tuning", 40.0, 100.0)),
+            reach=40.0,
+            scale="difference",
+        ),
+        Prediction(
+            "level_errors",
+            (Guess("my_factor_even_over_nf4", 1.15, 1.3), Guess("my_factor_whole_over_blocks", 12.0, 20.0)),
+            reach=4.0,
+        ),
+    ),
+    written=(Written("forty_wards"),),
 )

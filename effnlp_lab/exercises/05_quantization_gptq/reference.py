@@ -676,13 +676,13 @@ class GptqBlocks(Gptq):
     )
 
 
-def nibbles(codes: Tensor, high_first: bool) -> Tensor:
-    """Two codes a byte by arithmetic, [rows, ceil(columns / 2)]."""
+def nibbles(codes: Tensor, layout: str) -> Tensor:
+    """Two codes a byte by arithmetic, [rows, ceil(columns / 2)]: neighbours ("... first"), or the halves of a row."""
     rows, columns = codes.shape
     whole = torch.zeros(rows, columns + columns % 2, dtype=torch.int64, device=codes.device)
     whole[:, :columns] = codes
-    first, second = whole.view(rows, -1, 2).unbind(-1)
-    return (16 * first + second if high_first else first + 16 * second).to(torch.uint8)
+    first, second = whole.view(rows, -1, 2).unbind(-1) if "first" in layout else whole.chunk(2, dim=1)
+    return (16 * first + second if "high" in layout else first + 16 * second).to(torch.uint8)
 
 
 def weights_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -721,7 +721,7 @@ class Int4WeightReference(Reference):
     def expected(self, inputs, variant):
         codes = inputs["codes"]
         if inputs["what"] == "pack":
-            return {"packed": nibbles(codes, variant["nibbles"] == "high first")}
+            return {"packed": nibbles(codes, variant["nibbles"])}
         if inputs["what"] == "unpack":
             held = (codes.shape[1] + 1) // 2 * len(codes) + inputs["zero"].numel() + 4 * inputs["scale"].numel()
             return {"codes": codes, "held": held + self.SLACK_BYTES}

@@ -1,6 +1,6 @@
 """Lab 05: integer products, rounding by group, the Hessian, GPTQ by columns and by blocks, four bits in memory."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.quantization", "effnlp_lab.adapters", "effnlp_lab.training", "bitsandbytes", "torchao")
 QUANTIZERS = (
@@ -106,13 +106,21 @@ LAB = Lab(
             parts={"pack": 0.4, "unpack": 0.3, "product": 0.3},
             seconds=5.0,
             forbidden=QUANTIZERS,
-            variants={"nibbles": ("low first", "high first")},
+            variants={"nibbles": ("low first", "high first", "low half", "high half")},
             variant_text={
                 "low first": (
                     "Your bytes: column 0 is in the LOW four bits of byte 0, column 1 in its high four bits, and so on."
                 ),
                 "high first": (
                     "Your bytes: column 0 is in the HIGH four bits of byte 0, column 1 in its low four bits, and so on."
+                ),
+                "low half": (
+                    "Your bytes: the first HALF of the columns (the longer one) is in the LOW four bits, one byte "
+                    "after another, the second half in the high four bits."
+                ),
+                "high half": (
+                    "Your bytes: the first HALF of the columns (the longer one) is in the HIGH four bits, one byte "
+                    "after another, the second half in the low four bits."
                 ),
             },
         ),
@@ -182,4 +190,22 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction(
+            "perplexity_by_bits",
+            (
+                Guess("my_perplexity[4]", 11.8, 12.8, full=(6.8, 7.8)),
+                Guess("my_perplexity[3]", 12.8, 14.5, full=(7.3, 9.0)),
+                Guess("my_perplexity[2]", 35.0, 65.0, full=(20.0, 65.0)),
+            ),
+        ),
+        Prediction(
+            "product_speedup",
+            (
+                Guess('my_speedup["one row"]', 0.1, 0.4, full=(2.0, 4.0)),
+                Guess('my_speedup["many rows"]', 0.2, 0.6, full=(0.6, 1.1)),
+            ),
+        ),
+    ),
+    written=(Written("laptop_model"),),
 )

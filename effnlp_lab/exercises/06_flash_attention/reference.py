@@ -281,8 +281,9 @@ class CountedAttention(Reference):
             return attention(q, k, v, seen_keys(q.shape[1], k.shape[1], inputs["causal"]))[0]
         heads, queries, dim = q.shape
         keys = k.shape[1]
-        moved = 2 * heads * queries * dim + 2 * heads * keys * dim + 4 * heads * queries * keys
-        return moved * inputs["q"].element_size()
+        size = inputs["q"].element_size()
+        square = 4 * heads * queries * keys * (4 if variant["scores"] == "float32" else size)
+        return (2 * heads * queries * dim + 2 * heads * keys * dim) * size + square
 
     def plain(self, inputs, variant):
         if inputs["wanted"] == "bytes":

@@ -1,6 +1,6 @@
 """Lab 06: standard attention and its traffic, softmax in one pass, tiles, the kernel, and the backward pass."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 FUSED = (
     "torch.nn.functional.scaled_dot_product_attention",
@@ -73,6 +73,13 @@ LAB = Lab(
             parts={"attention": 0.4, "causal": 0.3, "bytes": 0.3},
             seconds=5.0,
             forbidden=FUSED,
+            variants={"scores": ("as the inputs", "float32")},
+            variant_text={
+                "as the inputs": "Your count: scores and weights cross memory in the dtype of the inputs.",
+                "float32": (
+                    "Your count: scores and weights cross memory in float32, 4 bytes each, whatever the inputs are."
+                ),
+            },
         ),
         Exercise(
             "online_softmax",
@@ -236,4 +243,13 @@ LAB = Lab(
             twin_of="backward_kernel",
         ),
     ),
+    predictions=(
+        Prediction("wasted_traffic", (Guess("my_times_too_many", 64.0, 66.0),), reach=6.0),
+        Prediction(
+            "memory_growth_by_length",
+            (Guess('my_growth["standard"]', 3.8, 4.1), Guess('my_growth["tiled"]', 1.7, 2.1)),
+            reach=2.0,
+        ),
+    ),
+    written=(Written("more_operations"),),
 )

@@ -1,6 +1,6 @@
 """Lab 09: soft targets, the distillation loss, a student from layers, a chunked loss, forward and reverse KL."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.distillation", "effnlp_lab.training", "liger_kernel", "transformers", "trl")
 
@@ -92,10 +92,12 @@ LAB = Lab(
             parts={"forward and reverse": 0.4, "mixture": 0.35, "never": 0.25},
             seconds=5.0,
             forbidden=LIBRARIES,
-            variants={"beta": ("0.25", "0.6")},
+            variants={"beta": ("0.25", "0.6", "0.35", "0.7")},
             variant_text={
                 "0.25": "Your beta is 0.25: the mixture is a quarter teacher and three quarters student.",
                 "0.6": "Your beta is 0.6: the mixture is three fifths teacher and two fifths student.",
+                "0.35": "Your beta is 0.35: the mixture is 35% teacher and 65% student.",
+                "0.7": "Your beta is 0.7: the mixture is 70% teacher and 30% student.",
             },
         ),
         Exercise(
@@ -130,4 +132,11 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction(
+            "untrained_half", (Guess("my_loss_of_the_untrained_half", 3.7, 4.7),), reach=2.5, scale="difference"
+        ),
+        Prediction("cost_of_a_step", (Guess("my_extra_cost_in_percent", 55.0, 61.0),), reach=3.0),
+    ),
+    written=(Written("worth_it"),),
 )
