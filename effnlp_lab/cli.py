@@ -145,6 +145,12 @@ def demo(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
+def similarity(context: typer.Context) -> None:
+    """Rank submissions of a lab that are alike: `effnlp similarity LAB`."""
+    _grading("similarity", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
 def replay(context: typer.Context) -> None:
     """Show a kept verdict again on this machine: `effnlp replay NOTEBOOK VERDICTS`."""
     _grading("replay", context.args)

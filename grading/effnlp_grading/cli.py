@@ -80,6 +80,20 @@ def mutate_verb(
     raise typer.Exit(mutate(match_lab(lab), exercise, sample, device))
 
 
+@app.command("similarity")
+def similarity_verb(
+    lab: Annotated[str, typer.Argument(metavar="LAB", help="A lab, such as 01_tokenization or 01.")],
+    past: Annotated[list[Path] | None, typer.Option(help="Another year's submissions; may be given again.")] = None,
+    most: Annotated[int, typer.Option(help="So many pairs on the page.")] = 50,
+) -> None:
+    """Rank answers that are alike, in the class, with the kit and with past years. For human eyes: never a verdict."""
+    from effnlp_grading.course import find_course
+    from effnlp_grading.similarity import main as similarity
+    from effnlp_lab.cli import match_lab
+
+    similarity(find_course(), match_lab(lab), past or (), most)
+
+
 @app.command("demo")
 def demo_verb(
     device: OnDevice = "auto",
