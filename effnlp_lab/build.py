@@ -38,41 +38,35 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 
 
-def main(
-    labs: Sequence[str] = (), check: bool = False, execute: bool = False, device: str = "auto", root: Path = ROOT
-) -> int:
+def main(labs: Sequence[str] = (), check: bool = False, execute: bool = False, device: str = "auto",
+         jobs: int | None = None, root: Path = ROOT) -> int:  # fmt: skip
     """Build the named labs (all by default). With `check` nothing is written and stale files are listed: exit 1."""
     if not (root / "solutions").is_dir():
         raise EffnlpError("`effnlp build` works in a checkout of the repository: there is no solutions/ folder here.")
     names = [exercises.lab(n).name for n in labs] or exercises.lab_names()
-    stale = []
-    for name in names:
-        master = read_master(root / "solutions" / name / f"{exercises.lab(name).notebook}.py")
-        if check:
-            stale += _stale_files(master, root)
-        else:
-            for path in write(master, root, execute, device):
-                print(f"wrote {path.relative_to(root)}")
-    for sentence in stale:
-        print(sentence)
+    masters = [read_master(root / "solutions" / name / f"{exercises.lab(name).notebook}.py") for name in names]
     if check:
-        print(
-            "build --check: " + (f"{len(stale)} stale" if stale else f"{len(names)} labs are what their masters build")
-        )
-    return 1 if stale else 0
+        stale = [sentence for master in masters for sentence in _stale_files(master, root)]
+        print("\n".join([*stale, f"build --check: {len(stale)} stale" if stale else
+                         f"build --check: {len(names)} labs are what their masters build"]))  # fmt: skip
+        return 1 if stale else 0
+    for path in [path for master in masters for path in write(master, root)]:
+        print(f"wrote {path.relative_to(root)}")
+    if not execute:
+        return 0
+    failed = refresh_outputs(masters, device, jobs, root)
+    print("\n".join(failed) or f"outputs of {len(names)} labs are new")
+    return 1 if failed else 0
 
 
-def write(master: Master, root: Path = ROOT, execute: bool = False, device: str = "auto") -> list[Path]:
-    """Write a lab's files; return the paths that changed."""
+def write(master: Master, root: Path = ROOT) -> list[Path]:
+    """Write a lab's files, outputs carried over while they belong to the same code; return the paths that changed."""
     texts = _texts(master)
     changed = [p for p in (_write(root / name, text) for name, text in texts.items()) if p]
     exercises.sources.cache_clear()
     path = _solution_path(master, root)
     notebook = solution_notebook(master)
-    if execute:
-        _write(path, _dump(notebook))
-        _copy_outputs(_executed(path, device, root), notebook)
-    elif path.exists():
+    if path.exists():
         old = nbformat.read(path, as_version=4)
         if old.metadata.get("effnlp", {}).get("digest") == notebook.metadata.effnlp.digest:
             _copy_outputs(old, notebook)
@@ -80,14 +74,18 @@ def write(master: Master, root: Path = ROOT, execute: bool = False, device: str 
     return changed
 
 
-def _executed(path: Path, device: str, root: Path) -> NotebookNode:
-    """Run a solution notebook and read what came out. Raises EffnlpError with the cell that failed."""
+def refresh_outputs(masters: Sequence[Master], device: str, jobs: int | None, root: Path) -> list[str]:
+    """Execute the solution notebooks and keep their outputs; return a sentence for each that failed."""
     from effnlp_lab.runner import run
 
-    (outcome,) = run([path], device=device, out=root / "build" / "execute")
-    if outcome.state != "ok":
-        raise EffnlpError(outcome.sentence())
-    return nbformat.read(Path(outcome.folder) / path.name, as_version=4)
+    paths = [_solution_path(master, root) for master in masters]
+    outcomes = run(paths, device=device, jobs=jobs, out=root / "build" / "execute")
+    for master, path, outcome in zip(masters, paths, outcomes, strict=True):
+        if outcome.state == "ok":
+            notebook = solution_notebook(master)
+            _copy_outputs(nbformat.read(Path(outcome.folder) / path.name, as_version=4), notebook)
+            _write(path, _dump(notebook))
+    return [outcome.sentence() for outcome in outcomes if outcome.state != "ok"]
 
 
 def _stale_files(master: Master, root: Path) -> Iterator[str]:

@@ -48,9 +48,10 @@ def build(
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where something is stale.")] = False,
     execute: Annotated[bool, typer.Option("--execute", help="Run the solutions and keep their outputs.")] = False,
     device: OnDevice = "auto",
+    jobs: Annotated[int | None, typer.Option(help="Notebooks at once.", show_default="by cores, memory, GPUs")] = None,
 ) -> None:
     """Build labs/ and solutions/*.ipynb from the masters, solutions/*/*.py."""
-    _finish(_load("effnlp_lab.build").main(match_labs(labs or ()), check, execute, device))
+    _finish(_load("effnlp_lab.build").main(match_labs(labs or ()), check, execute, device, jobs))
 
 
 @app.command()
@@ -73,7 +74,7 @@ def run(
 def test(context: typer.Context, device: OnDevice = "auto") -> None:
     """Run the whole test suite, every notebook included; further arguments go to pytest.
 
-    With --device cuda the GPU tests run, and a skipped test is a failure.
+    With --device cuda: the GPU tests and every notebook, and a skipped test is a failure.
     """
     _finish(_load("effnlp_lab.runner").run_tests(device, context.args))
 

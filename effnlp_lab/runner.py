@@ -264,7 +264,10 @@ def run_cli(
 
 
 def run_tests(device: str, arguments: Sequence[str]) -> int:
-    """The verb `test`: pytest on tests/ (which executes the notebooks as well). Returns 0, 1 or 2."""
+    """The verb `test`: pytest on tests/ (which executes the notebooks as well). Returns 0, 1 or 2.
+
+    On a GPU: what needs one, and the notebooks; then the tests that need it alone.
+    """
     root = source_root() or course_root()
     if not (root / "tests").is_dir():
         raise UsageError("The tests are not part of the installed package: run this in a checkout of the course.")
@@ -281,7 +284,7 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     spread = ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]
     if kind == "cpu":
         return _pytest([*command, *spread, *arguments], root, environment)
-    together = _pytest([*command, *spread, "-m", "not alone", *arguments], root, environment)
+    together = _pytest([*command, *spread, "-m", "(gpu or notebook) and not alone", *arguments], root, environment)
     alone = _pytest([*command, "-m", "alone", *arguments], root, environment)
     return max(together, alone)
 

@@ -63,8 +63,9 @@ def test_help_is_quick_and_works_from_the_source_tree():
 @pytest.mark.parametrize(
     "arguments, call",
     [
-        (["build", "1", "--check"], ("effnlp_lab.build", "main", (["01_tokenization"], True, False, "auto"))),
-        (["build", "--execute", "--device", "cpu"], ("effnlp_lab.build", "main", ([], False, True, "cpu"))),
+        (["build", "1", "--check"], ("effnlp_lab.build", "main", (["01_tokenization"], True, False, "auto", None))),
+        (["build", "--execute", "--device", "cpu"], ("effnlp_lab.build", "main", ([], False, True, "cpu", None))),
+        (["build", "--execute", "--jobs", "3"], ("effnlp_lab.build", "main", ([], False, True, "auto", 3))),
         (["mutate", "06", "--sample", "9"], ("effnlp_lab.mutate", "main", ("06_flash_attention", None, 9, None))),
         (["bench", "attention"], ("effnlp_lab.notebook.bench", "main", (["attention"], "auto"))),
         (["test", "--device", "cpu", "-k", "x", "-x"], ("effnlp_lab.runner", "run_tests", ("cpu", ["-k", "x", "-x"]))),
