@@ -17,7 +17,7 @@ endif
 help:
 	@echo "make demo   a class of made-up students, graded from release to feedback"
 	@echo "make test   the whole test suite, with every notebook executed (on the CPU where there is no GPU)"
-	@echo "make gpu    the same on a CUDA device, where a skipped test is a failure"
+	@echo "make gpu    what needs a CUDA device, and every notebook on it; a skipped test is a failure"
 	@echo "make grading-bench  a class of 200 killed and resumed, 100,000 fuzzed inputs, and the speed beside nbgrader"
 	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
 	@echo "make lint   ruff, and whether the built notebooks match their masters"
@@ -42,6 +42,7 @@ test: $(READY)
 
 gpu: $(READY)
 	$(RUN) -m effnlp_lab test --device cuda
+	for lab in 00 06; do $(RUN) -m effnlp_lab mutate $$lab --sandbox --device cuda --sample 2 || exit 1; done
 
 grading-bench: $(READY)
 	EFFNLP_GRADING_SIZE=200 EFFNLP_FUZZ=100000 $(RUN) -m pytest tests/grading/test_class_scale.py \

@@ -100,10 +100,11 @@ def mutate(
     sample: Annotated[int | None, typer.Option(help="At most so many mutants.", show_default="all")] = None,
     jobs: Annotated[int | None, typer.Option(help="Mutants at once.")] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Grade them the way submissions are graded.")] = False,
+    device: Annotated[str, typer.Option(help="With --sandbox: cpu or cuda.")] = "cpu",
 ) -> None:
     """Change the solutions in small ways and list the changes that no check notices."""
     if sandbox:
-        given = [("--exercise", exercise), ("--sample", sample)]
+        given = [("--exercise", exercise), ("--sample", sample), ("--device", device)]
         _grading("mutate", [lab, *(part for name, value in given if value for part in (name, str(value)))])
     _finish(_load("effnlp_lab.mutate").main(match_lab(lab), exercise, sample, jobs))
 

@@ -67,6 +67,8 @@ def test_help_is_quick_and_works_from_the_source_tree():
         (["build", "--execute", "--device", "cpu"], ("effnlp_lab.build", "main", ([], False, True, "cpu", None))),
         (["build", "--execute", "--jobs", "3"], ("effnlp_lab.build", "main", ([], False, True, "auto", 3))),
         (["mutate", "06", "--sample", "9"], ("effnlp_lab.mutate", "main", ("06_flash_attention", None, 9, None))),
+        (["mutate", "06", "--sandbox", "--device", "cuda"],
+         ("effnlp_grading.cli", "main", (["mutate", "06", "--device", "cuda"],))),
         (["bench", "attention"], ("effnlp_lab.notebook.bench", "main", (["attention"], "auto"))),
         (["test", "--device", "cpu", "-k", "x", "-x"], ("effnlp_lab.runner", "run_tests", ("cpu", ["-k", "x", "-x"]))),
         (["grade", "01", "--jobs", "2"], ("effnlp_grading.cli", "main", (["grade", "01", "--jobs", "2"],))),
