@@ -154,7 +154,7 @@ def similarity(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
 def replay(context: typer.Context) -> None:
-    """Show a kept verdict again on this machine: `effnlp replay NOTEBOOK VERDICTS`."""
+    """Show a kept verdict again on this machine: `effnlp replay VERDICTS [NOTEBOOK]`."""
     _grading("replay", context.args)
 
 
@@ -162,6 +162,30 @@ def replay(context: typer.Context) -> None:
 def repair(context: typer.Context) -> None:
     """Rebuild a damaged submission from the release: `effnlp repair SUBMISSION`."""
     _grading("repair", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def collect(context: typer.Context) -> None:
+    """Take what a learning platform handed out: `effnlp collect LAB --zip FILE`."""
+    _grading("collect", context.args)
+
+
+@app.command("return", context_settings=PASS_ON | {"help_option_names": []})
+def return_(context: typer.Context) -> None:
+    """Write feedback in the shape in which a learning platform takes it: `effnlp return LAB`."""
+    _grading("return", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def export(context: typer.Context) -> None:
+    """Write points as a file that a learning platform imports: `effnlp export LAB --lms NAME`."""
+    _grading("export", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def regrade(context: typer.Context) -> None:
+    """Judge one exercise again for the class: `effnlp regrade LAB EXERCISE`."""
+    _grading("regrade", context.args)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -92,5 +92,22 @@ c.Autograde.autograde_preprocessors = [
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
 
+# Late days: each student has so many in the course; a day beyond costs this share of a lab's points. Nothing is late
+# in a lab without a due date (`nbgrader db assignment add LAB --duedate "2026-10-01 23:59 CET"`).
+c.AssignLatePenalties.plugin_class = "effnlp_grading.late.LateDays"
+c.LateDays.budget = 3
+c.LateDays.per_day = 0.1
+c.LateDays.grace_minutes = 15
+
+# How labs go out and come in on a JupyterHub: nbgrader's exchange, a folder that all users share, or ngshare, a service
+# for a hub without one (`pip install ngshare_exchange`; EFFNLP_NGSHARE is its address, or `auto` on Kubernetes).
+if os.environ.get("EFFNLP_EXCHANGE"):
+    c.Exchange.root = os.environ["EFFNLP_EXCHANGE"]
+if os.environ.get("EFFNLP_NGSHARE"):
+    from ngshare_exchange import configureExchange
+
+    address = os.environ["EFFNLP_NGSHARE"]
+    configureExchange(c, None if address == "auto" else address)
+
 # A check that was deleted from a submission is put back, so that it is graded like the others.
 c.OverwriteCells.add_missing_cells = True

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from effnlp_grading.course import Course, environment_with_kit
 from effnlp_grading.judging import Judged, Task, judge_task, settings
@@ -51,12 +52,15 @@ def grade_class(course: Course, pairs: Sequence[tuple[str, str]], *, device: str
     for kept in results.values():
         show(kept)
     with settings({"EFFNLP_DEVICE": target.kind, "EFFNLP_SANDBOX": str(int(confined)), **(environment or {})}):
-        tasks = _tasks(course, todo, target, limits or Limits(), confined, force, environment or {})
+        if force:
+            for lab, student in todo:
+                record_path(course.root / "grading", lab, student).unlink(missing_ok=True)
+        tasks = tasks_of(course, todo, target, limits or Limits(), confined, environment or {})
         plan = plan_jobs(target, len(todo), jobs)
         if tasks and scheduler is None and confined:  # the refusal is one sentence, before anything is started
             Sandbox.program()
         writer = Writer(course) if tasks else None
-        for judged in _judge_all(tasks, plan, target, scheduler):
+        for judged in judge_all(tasks, plan, target, scheduler):
             result = _written(writer, judged)
             results[judged.lab, judged.student] = result
             show(result)
@@ -72,8 +76,9 @@ def changed(course: Course, lab: str, student: str) -> bool:
     return course.submission(student, lab).stat().st_mtime > graded.stat().st_mtime
 
 
-def _tasks(course: Course, pairs: Sequence[tuple[str, str]], target: Device, limits: Limits, confined: bool,
-           force: bool, environment: Mapping[str, str]) -> list[Task]:
+def tasks_of(course: Course, pairs: Sequence[tuple[str, str]], target: Device, limits: Limits, confined: bool,
+             environment: Mapping[str, str], record: Callable[[str, str], Path] | None = None) -> list[Task]:
+    """Submissions as tasks for workers. Verdicts are kept in `record(lab, student)`, else where grading keeps them."""
     folder = course.root / "grading"
     Seeds.of_course(folder)  # makes the key
     key = (folder / "seed_key").read_text().strip().encode()
@@ -81,9 +86,7 @@ def _tasks(course: Course, pairs: Sequence[tuple[str, str]], target: Device, lim
             if name in os.environ}
     tasks = []
     for lab, student in pairs:
-        path = record_path(folder, lab, student)
-        if force:
-            path.unlink(missing_ok=True)
+        path = record(lab, student) if record else record_path(folder, lab, student)
         path.parent.mkdir(parents=True, exist_ok=True)
         release = course.root / "labs" / lab / f"{exercises.lab(lab).notebook}.ipynb"
         tasks.append(Task(lab, student, course.submission(student, lab).read_bytes(), release.read_text("utf-8"), key,
@@ -91,7 +94,7 @@ def _tasks(course: Course, pairs: Sequence[tuple[str, str]], target: Device, lim
     return tasks
 
 
-def _judge_all(tasks: Sequence[Task], plan: Plan, target: Device, scheduler: str | None) -> Iterator[Judged]:
+def judge_all(tasks: Sequence[Task], plan: Plan, target: Device, scheduler: str | None) -> Iterator[Judged]:
     """Judge tasks here, one after another, or on Dask's workers; yield what comes of each as it comes."""
     if scheduler is None and (plan.jobs == 1 or len(tasks) < 2):
         try:

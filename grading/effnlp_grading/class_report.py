@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -45,13 +44,13 @@ def write_class_report(course: Course, lab: str, results: Mapping[str, Result]) 
     grades = course.grades(lab)
     kept = {student: read_record(record_path(course.root / "grading", lab, student)) for student in grades}
     write_nbgrader_csv(course, lab, folder / "nbgrader.csv")
-    write_canvas_csv(spec, grades, folder / "canvas.csv")
+    write_canvas_csv(course, spec, grades, folder / "canvas.csv")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         lab=spec, grades=grades, bands=BANDS, exercises=summarize(spec, grades, kept),
-        scores=[grade.score for grade in grades.values()], mean=_mean([grade.score for grade in grades.values()]),
-        median=statistics.median([g.score for g in grades.values()]) if grades else 0.0,
+        scores=[grade.final for grade in grades.values()], mean=_mean([grade.final for grade in grades.values()]),
+        median=statistics.median([g.final for g in grades.values()]) if grades else 0.0,
         seconds=sum(v.get("seconds", 0.0) for verdicts in kept.values() for v in verdicts),
         look=needs_a_person(results, kept), missing=[r for r in results.values() if r.state == "not graded"])
     (folder / "index.html").write_text(page, "utf-8")
@@ -104,16 +103,15 @@ def write_nbgrader_csv(course: Course, lab: str, path: Path) -> None:
         plugin.export(book)
 
 
-def write_canvas_csv(lab: Lab, grades: Mapping[str, Grade], path: Path) -> None:
-    """The form that Canvas imports: a row of points possible, then a row a student, by SIS user id."""
-    title = f"Lab {lab.number}: {lab.title}"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title])
-        rows.writerow(["    Points Possible", "", "", "", "", f"{lab.points:g}"])
-        for student, grade in sorted(grades.items()):
-            name = "'" + student if student[:1] in "=+-@\t" else student  # a spreadsheet must not run it
-            rows.writerow([name, "", student, student, "", f"{grade.score:g}"])
+def write_canvas_csv(course: Course, lab: Lab, grades: Mapping[str, Grade], path: Path) -> None:
+    """The form that Canvas imports, of everybody who has a grade."""
+    from effnlp_grading.export import as_csv, canvas_rows, points_of, title_of
+    from effnlp_grading.roster import Student, roster_of
+
+    roster = roster_of(course).students
+    graded = [roster.get(student, Student(student)) for student in sorted(grades)]
+    points = {student: points_of(grade) for student, grade in grades.items()}
+    path.write_text(as_csv(canvas_rows(graded, points, title_of(lab), lab.points)), "utf-8", newline="")
 
 
 def _mean(values: list[float]) -> float:

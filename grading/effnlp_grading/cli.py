@@ -6,12 +6,15 @@ Exit codes: 0 ok, 1 something was not graded (or the demonstration went wrong), 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from effnlp_grading import course_verbs
 from effnlp_grading.progress import progress
 from effnlp_lab.errors import UsageError
 
@@ -19,6 +22,7 @@ app = typer.Typer(name="effnlp", add_completion=False, pretty_exceptions_enable=
 
 Jobs = Annotated[int | None, typer.Option(help="Submissions at once.", show_default="by cores, memory, GPUs")]
 OnDevice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+course_verbs.add_to(app)
 
 
 @app.command("grade")
@@ -31,6 +35,9 @@ def grade_verb(
     scheduler: Annotated[str | None, typer.Option(help="A Dask cluster.", show_default="this machine")] = None,
     gradebook: Annotated[str | None, typer.Option(help="Its URL.", show_default="grading/gradebook.db")] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox/--no-sandbox", help="Wall off students' code.")] = True,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will take.")] = False,
+    size: Annotated[int | None, typer.Option(min=0, help="With --estimate: a class of this size.",
+                                             show_default="what is not graded")] = None,
 ) -> None:
     """Grade the submissions of a lab in grading/submitted/: gradebook, feedback pages, and a report on the class.
 
@@ -39,20 +46,24 @@ def grade_verb(
     names = [name.strip() for name in students.split(",") if name.strip()]
     if gradebook:
         os.environ["EFFNLP_GRADEBOOK"] = gradebook
+    if estimate:
+        raise typer.Exit(course_verbs.main_estimate(lab, device, jobs, size, force))
     confined = sandbox and os.environ.get("EFFNLP_SANDBOX", "1") != "0"
     raise typer.Exit(main_grade(lab, names, device, jobs, force, scheduler, confined))
 
 
 @app.command("replay")
 def replay_verb(
-    notebook: Annotated[Path, typer.Argument(help="The notebook whose answer was judged.")],
-    verdicts: Annotated[Path, typer.Argument(help="Its verdicts: grading/verdicts/LAB/STUDENT.jsonl.")],
+    verdicts: Annotated[Path, typer.Argument(help="The verdicts that were returned, or grading/verdicts/LAB/"
+                                                  "STUDENT.jsonl.")],
+    notebook: Annotated[Path | None, typer.Argument(help="The notebook that was judged.",
+                                                    show_default="the lab's in labs/")] = None,
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
 ) -> None:
     """Judge answers again on the very cases of a verdict, on this machine, and say whether it comes out the same."""
     from effnlp_grading.replay import main as replay
 
-    raise typer.Exit(replay(notebook, verdicts, exercise))
+    raise typer.Exit(replay(verdicts, notebook, exercise))
 
 
 @app.command("repair")
@@ -119,7 +130,11 @@ def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", job
     from effnlp_grading.autograde import grade_class
     from effnlp_grading.class_report import write_class_report
     from effnlp_grading.course import find_course
+    from effnlp_grading.estimate import keep_run
+    from effnlp_grading.teams import finish
     from effnlp_lab.cli import match_lab
+    from effnlp_lab.device import resolve
+    from effnlp_lab.runner import plan_jobs
 
     course, name = find_course(), match_lab(lab)
     present = course.students(name)
@@ -130,9 +145,15 @@ def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", job
                          f"{course.submission('STUDENT', name).relative_to(course.root)} in {course.root}.")
     chosen = [student for student in present if not students or student in students]
     pairs = [(name, student) for student in chosen]
+    began = time.monotonic()
     with progress(len(chosen), f"grading {name}") as show:
         results = grade_class(course, pairs, device=device, jobs=jobs, force=force, show=show, scheduler=scheduler,
                               confined=confined)
+    count = sum(result.state == "graded" for result in results)
+    keep_run(course, name, results, time.monotonic() - began, plan_jobs(resolve(device), count, jobs).jobs)
+    finish(course, name, print)
+    grades = course.grades(name)
+    results = [replace(one, grade=grades.get(one.student) if one.grade else None) for one in results]
     _print_table(results)
     for result in results:
         for sentence in result.look:
@@ -188,6 +209,6 @@ def _print_table(results: Sequence) -> None:
     for column in ("student", "state", "points", "of"):
         table.add_column(column, justify="right" if column in ("points", "of") else "left")
     for result in results:
-        points = ("", "") if result.grade is None else (f"{result.grade.score:g}", f"{result.grade.max_score:g}")
+        points = ("", "") if result.grade is None else (f"{result.grade.final:g}", f"{result.grade.max_score:g}")
         table.add_row(result.student, result.state, *points)
     Console().print(table)

@@ -18,13 +18,22 @@ CONFIGURATION = "nbgrader_config.py"
 
 @dataclass(frozen=True)
 class Grade:
-    """What the gradebook holds of one submission. `exercises` has points and maximum of each check."""
+    """What the gradebook holds of one submission. `exercises` has points and maximum of each check.
+
+    score: before `penalty`, the points that being late costs.
+    """
 
     student: str
     lab: str
     score: float
     max_score: float
     exercises: dict[str, tuple[float, float]]
+    penalty: float = 0.0
+
+    @property
+    def final(self) -> float:
+        """What counts."""
+        return max(0.0, self.score - self.penalty)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class Course:
         return done.stdout
 
     @property
-    def _patient_url(self) -> str:
+    def patient_url(self) -> str:
+        """The gradebook's URL, for connections that wait where another process is writing."""
         return f"{self.db_url}?timeout=120" if self.db_url.startswith("sqlite:") else self.db_url
 
     def grades(self, lab: str) -> dict[str, Grade]:
@@ -84,7 +94,7 @@ class Course:
         from nbgrader.api import Gradebook, MissingEntry
 
         found = {}
-        with Gradebook(self._patient_url) as book:
+        with Gradebook(self.patient_url) as book:
             try:
                 submissions = book.assignment_submissions(lab)
             except MissingEntry:
@@ -92,7 +102,8 @@ class Course:
             for one in submissions:
                 points = {grade.name.removeprefix(CHECK): (float(grade.score or 0.0), float(grade.max_score))
                           for notebook in one.notebooks for grade in notebook.grades if grade.name.startswith(CHECK)}
-                found[one.student.id] = Grade(one.student.id, lab, float(one.score), float(one.max_score), points)
+                found[one.student.id] = Grade(one.student.id, lab, float(one.score), float(one.max_score), points,
+                                              float(one.late_submission_penalty or 0.0))
         return found
 
     def is_released(self, lab: str) -> bool:
@@ -101,7 +112,7 @@ class Course:
 
         if self.db_url.startswith("sqlite:") and not self.gradebook.is_file():
             return False
-        with Gradebook(self._patient_url) as book:
+        with Gradebook(self.patient_url) as book:
             try:
                 return bool(book.find_assignment(lab).notebooks)
             except MissingEntry:

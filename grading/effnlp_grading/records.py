@@ -12,7 +12,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Record:
         self.verdicts: dict[str, dict[str, Any]] = {}
         self.predictions: dict[str, dict[str, Any]] = {}
         self.done: dict[str, Any] | None = None
-        lines = _read(path) if path is not None else []
+        lines = read_lines(path) if path is not None else []
         if lines and lines[0].get("submission") == digest:
             if not path.read_bytes().endswith(b"\n"):  # a line was cut off: what follows gets a line of its own
                 self._append(None)
@@ -64,7 +64,7 @@ class Record:
 
 def read_record(path: Path) -> list[dict[str, Any]]:
     """The verdicts on exercises in a file, in order; lines that were cut off are left out."""
-    return [line for line in _read(path) if "exercise" in line]
+    return [line for line in read_lines(path) if "exercise" in line]
 
 
 class Seeds:
@@ -91,7 +91,8 @@ class Seeds:
         return int.from_bytes(told[:4], "big")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What is in a file of records: a header, verdicts, an end; lines that were cut off are left out."""
     if not path.is_file():
         return []
     lines = []
@@ -101,6 +102,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of records, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _replace(path: Path, text: str) -> None:

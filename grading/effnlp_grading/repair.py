@@ -70,7 +70,7 @@ def read_submission(data: bytes, name: str = "The submission") -> NotebookNode:
 
 def repair(submission: NotebookNode, release: NotebookNode, name: str = "The submission") -> Repaired:
     """Rebuild `submission` on `release`. Raises RepairError where nothing in it belongs to the release."""
-    places = _Places(release)
+    places = Places(release)
     matched = [places.match(cell) for cell in submission.cells]
     places.fill_written(submission.cells, matched)
     if places.solutions and not any(m is not None for m in matched):
@@ -83,7 +83,7 @@ def repair_file(path: Path, release: NotebookNode) -> Repaired:
     return repair(read_submission(path.read_bytes(), path.name), release, path.name)
 
 
-class _Places:
+class Places:
     """Finds the place in the release that a submitted cell belongs to."""
 
     def __init__(self, release: NotebookNode) -> None:
@@ -100,7 +100,7 @@ class _Places:
             if nbgrader.get("grade_id"):
                 self.by_grade_id[nbgrader["grade_id"]] = place
             self.by_id.setdefault(cell.get("id", ""), place)
-            self.by_source.setdefault((cell.cell_type, _plain(cell.source)), place)
+            self.by_source.setdefault((cell.cell_type, plain(cell.source)), place)
             if (cell.metadata.get("effnlp") or {}).get("predict"):
                 self.solutions.append(place)
                 self.by_variable |= dict.fromkeys(_assigned(cell.source), place)
@@ -120,7 +120,7 @@ class _Places:
             return self.by_grade_id[grade_id]
         if cell.get("id") in self.by_id and self._plausible(cell, self.by_id[cell["id"]]):
             return self.by_id[cell["id"]]
-        place = self.by_source.get((cell.cell_type, _plain(cell.source)))
+        place = self.by_source.get((cell.cell_type, plain(cell.source)))
         if place is not None:
             return place
         if cell.cell_type == "code":
@@ -149,7 +149,7 @@ class _Places:
 
 class _Builder:
     def __init__(self, submission: NotebookNode, release: NotebookNode, matched: Sequence[int | None],
-                 places: _Places) -> None:
+                 places: Places) -> None:
         self.submission, self.release, self.matched, self.places = submission, release, matched, places
         self.mended: list[str] = []
         self.chosen: dict[int, int] = {}  # an answer's place in the release -> the submitted cell that fills it
@@ -211,7 +211,7 @@ class _Builder:
                 self.mended.append(f"The cell {name} had lost its metadata: it is given back.")
             elif _essence(cell.metadata["nbgrader"]) != _essence(right.metadata["nbgrader"]):
                 self.mended.append(f"The metadata of the cell {name} had been changed: the release's counts.")
-            if place not in self.places.solutions and _plain(cell.source) != _plain(right.source):
+            if place not in self.places.solutions and plain(cell.source) != plain(right.source):
                 self.mended.append(f"The locked cell {name} had been changed: the release's is run.")
         graded = [p for p, c in enumerate(self.release.cells) if (c.metadata.get("nbgrader") or {}).get("locked")
                   or (c.metadata.get("nbgrader") or {}).get("grade")]
@@ -231,7 +231,7 @@ class _Builder:
         return cell
 
     def _is_blank(self, index: int, place: int) -> bool:
-        return _plain(self.submission.cells[index].source) in ("", _plain(self.release.cells[place].source))
+        return plain(self.submission.cells[index].source) in ("", plain(self.release.cells[place].source))
 
     def _name(self, place: int) -> str:
         cell = self.release.cells[place]
@@ -282,7 +282,8 @@ def _essence(nbgrader: Any) -> Any:
     return [nbgrader.get(key) for key in keys] if isinstance(nbgrader, dict) else None
 
 
-def _plain(source: str) -> str:
+def plain(source: str) -> str:
+    """A cell's text without what editors change: space at the ends of lines and of the cell."""
     return "\n".join(line.rstrip() for line in source.strip().splitlines())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from effnlp_grading.course import Course, last_words
@@ -35,9 +36,19 @@ class Writer:
                 if verdict["prediction"] not in record.predictions:
                     record.keep(verdict)
             record.finish(judged.done)
-        return self._nbgrader(judged.lab, judged.student)
+        return self.write_kept(judged.lab, judged.student)
 
-    def _nbgrader(self, lab: str, student: str) -> str:
+    def write_kept(self, lab: str, student: str) -> str:
+        """Put the verdicts that are on disk into the gradebook and write the pages; "" or why that failed."""
+        return self._nbgrader(lab, student)
+
+    def write_feedback(self, lab: str, student: str) -> str:
+        """Write the feedback page again, from what the gradebook holds now; "" or why that failed."""
+        from nbgrader.converters import GenerateFeedback
+
+        return self._nbgrader(lab, student, (GenerateFeedback,))
+
+    def _nbgrader(self, lab: str, student: str, steps: Sequence[type] = ()) -> str:
         from nbgrader.converters import Autograde, GenerateFeedback
         from nbgrader.converters.base import NbGraderException
         from nbgrader.coursedir import CourseDirectory
@@ -49,7 +60,7 @@ class Writer:
         try:
             folder = CourseDirectory(config=self.config)
             folder.assignment_id, folder.student_id = lab, student
-            for step in (Autograde, GenerateFeedback):
+            for step in steps or (Autograde, GenerateFeedback):
                 step(coursedir=folder, config=self.config, force=True, log=logger).start()
         except (NbGraderException, UsageError) as error:
             logger.error("%s", error)
