@@ -11,7 +11,7 @@ else
     READY := .venv/installed
 endif
 
-.PHONY: help env demo test gpu grading-bench build lint clean
+.PHONY: help env demo test gpu grading-bench semester build lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test   the whole test suite, with every notebook executed (on the CPU where there is no GPU)"
 	@echo "make gpu    what needs a CUDA device, and every notebook on it; a skipped test is a failure"
 	@echo "make grading-bench  a class of 200 killed and resumed, 100,000 fuzzed inputs, and the speed beside nbgrader"
+	@echo "make semester  60 students, every lab, three learning platforms; killed ten times and gone on with"
 	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
 	@echo "make lint   ruff, and whether the built notebooks match their masters"
 	@echo "make clean  remove build/ and caches"
@@ -48,6 +49,9 @@ grading-bench: $(READY)
 	EFFNLP_GRADING_SIZE=200 EFFNLP_FUZZ=100000 $(RUN) -m pytest tests/grading/test_class_scale.py \
 	    tests/grading/test_repair.py tests/grading/test_protocol.py --timeout 7200
 	$(RUN) -m effnlp_lab bench grading --device cpu
+
+semester: $(READY)
+	EFFNLP_SEMESTER=60 $(RUN) -m pytest tests/grading/test_semester.py --timeout 36000
 
 build: $(READY)
 	$(RUN) -m effnlp_lab build

@@ -29,6 +29,7 @@ from effnlp_grading.unpack import Found, LeftOut, files_in
 from effnlp_lab import exercises
 from effnlp_lab.errors import UsageError
 
+SHOWN = 3  # sentences on one notebook
 ENOUGH = 0.5  # of a release's answers: with fewer, and others that it does not have, a notebook is of another release
 
 
@@ -272,7 +273,9 @@ class _Collector:
             self.done.said.append(f"{student}: {len(attempts)} attempts: {last.path} counts, {others} "
                                   f"{'is' if len(attempts) == 2 else 'are'} kept{rule}.")
         if last.key in mine:
-            self.done.said += [f"{student}: {sentence}" for sentence in last.mended]
+            more = len(last.mended) - SHOWN
+            self.done.said += [f"{student}: {sentence}" for sentence in last.mended[:SHOWN]]
+            self.done.said += [f"{student}: {more} more like it were mended."] * (more > 0)
         if last.platform == "moodle" and last.time is None and last.key in mine:
             self.untimed += 1
         if last.late and last.time is None:

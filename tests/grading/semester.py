@@ -22,7 +22,7 @@ from pathlib import Path
 
 import nbformat
 from classes import ROOT, master_of
-from effnlp_grading import cli, demo, sample_class
+from effnlp_grading import autograde, cli, demo, sample_class
 from effnlp_grading.course import Course
 
 from effnlp_lab import exercises
@@ -207,7 +207,7 @@ def _release(lab: str) -> nbformat.NotebookNode:
 
 @cache
 def _notebook(lab: str, kind: str, damaged: bool) -> bytes:
-    """A student's notebook; a damaged one has lost its metadata and a check, as editors do, and answers nothing less."""
+    """A student's notebook; a damaged one has lost its metadata and its checks, as editors do, and no answer."""
     notebook = sample_class.submission(_release(lab), sample_class.answers(kind, master_of(lab)))
     if damaged:
         for cell in notebook.cells:
@@ -255,6 +255,7 @@ def run(course: Course, semester: Semester) -> None:
     """Collect, grade, regrade, return and export lab by lab. May be killed anywhere; the same call goes on."""
     os.environ.update(ENVIRONMENT)
     os.chdir(course.root)
+    autograde.close_sandboxes = lambda: None  # this process's two warm sandboxes serve all of it, and end with it
     done = course.root / "stages.txt"
     for place, lab in enumerate(semester.labs):
         downloads = course.root / "downloads" / lab
@@ -318,7 +319,7 @@ def wrong_check(exercise: str) -> Iterator[None]:
 
 
 def expected(semester: Semester) -> dict[tuple[str, str], tuple[dict[str, float], float]]:
-    """(lab, student) -> points by exercise and the late penalty, from the judge without notebooks and from the rules."""
+    """(lab, student) -> points by exercise and the late penalty: by the judge without notebooks, and by the rules."""
     found: dict[tuple[str, str], tuple[dict[str, float], float]] = {}
     budget = dict.fromkeys(semester.people, 3)
     for place, lab in enumerate(semester.labs):

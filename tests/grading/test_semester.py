@@ -25,6 +25,7 @@ if sandbox_error() is not None and wants_sandbox():
 SIZE = int(os.environ.get("EFFNLP_SEMESTER", "4"))
 IS_WHOLE = SIZE > 12
 KILLS = 10 if IS_WHOLE else 2
+WRITES = 80  # that each hand-in takes, about
 CHEAP = ("01_tokenization", "02_streaming_datasets")
 GRADED = tuple(lab for lab in exercises.lab_names() if exercises.lab(lab).points)
 LABS = tuple(filter(None, os.environ.get("EFFNLP_SEMESTER_LABS", "").split(","))) or (GRADED if IS_WHOLE else CHEAP)
@@ -39,16 +40,17 @@ def done(tmp_path_factory):
             patch.setenv(name, value)
         patch.delenv("EFFNLP_VARIANT_KEY", raising=False)
         course = made_up.make_course(tmp_path_factory.mktemp("semester") / "course", SEMESTER)
-        chance = random.Random(5)
-        reach = 12 * SIZE * len(LABS) // (KILLS if IS_WHOLE else 1)
+        chance = random.Random(int(os.environ.get("EFFNLP_SEMESTER_SEED", "5")))
+        hand_ins = sum(len(SEMESTER.hand_ins(place)) for place in range(len(LABS)))
+        reach = int(1.5 * WRITES * hand_ins / (KILLS + 1))
         for kill in range(KILLS):
-            over = made_up.run_and_be_killed(course, SEMESTER, chance.randint(reach // 6, reach))
+            over = made_up.run_and_be_killed(course, SEMESTER, chance.randint(1, reach))
             assert not over, f"it was over before kill {kill + 1}: nothing is shown"
         assert made_up.run_and_be_killed(course, SEMESTER, None)
         yield course
 
 
-@pytest.mark.timeout(6 * 3600 if IS_WHOLE else 600)
+
 def test_everybody_has_what_is_due_to_them(done):
     """Points by the judge without notebooks; penalties by the rules: not by the code that is tested."""
     expected, found = made_up.expected(SEMESTER), made_up.gradebook(done, SEMESTER)
@@ -61,13 +63,14 @@ def test_everybody_has_what_is_due_to_them(done):
 
 def test_the_second_time_changes_nothing(done):
     before, log = made_up.everything(done), (done.root / "log").stat().st_size
-    (done.root / "stages.txt").unlink()
+    stages = (done.root / "stages.txt").read_text().splitlines(keepends=True)
+    (done.root / "stages.txt").write_text("" if IS_WHOLE else "".join(s for s in stages if "regrade" in s))
     (done.root / "grading" / "gradebook.db").touch()
     assert made_up.run_and_be_killed(done, SEMESTER, None)
     assert made_up.everything(done) == before
     said = (done.root / "log").read_text()[log:]
     assert ": kept in" in said and ": graded in" not in said.split("regrading")[0]
-    assert "0 placed" in said and " 0 have more points, 0 fewer" in said
+    assert " 0 placed" in said and (not IS_WHOLE or " 0 have more points, 0 fewer" in said)
 
 
 def test_the_wrong_check_was_found_and_regraded(done):
