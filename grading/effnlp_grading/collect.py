@@ -118,7 +118,11 @@ def collect(course: Course, lab: str, sources: Sequence[Path], *, roster: Path |
     for source in sources:
         collector.take_all(files_in(source), student)
     collector.place()
-    into_gradebook(course, people)
+    if course.is_released(lab):
+        into_gradebook(course, people)
+    else:
+        done.said.append(f"The gradebook does not know {lab} yet: run `nbgrader generate_assignment {lab}` before "
+                         "grading.")
     return done
 
 

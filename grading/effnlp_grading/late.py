@@ -118,7 +118,7 @@ def settle(course: Course, labs: Iterable[str] | None = None) -> tuple[list[tupl
     """
     from nbgrader.api import Gradebook, SubmittedAssignment
 
-    changed = []
+    changed, teams = [], teams_of(course)
     wanted = None if labs is None else set(labs)
     with Gradebook(course.patient_url) as book:
         plan = plan_late_days(course, book, rules_of(course))
@@ -126,7 +126,9 @@ def settle(course: Course, labs: Iterable[str] | None = None) -> tuple[list[tupl
             lab = one.assignment
             if lab.name in exercises.lab_names():
                 key = (lab.name, one.student.id)
-                when = _handed_in(course, *key, one)
+                team = teams.of(one.student.id, lab.name)
+                alone = team is None or course.submission(one.student.id, lab.name).is_file()
+                when = _handed_in(course, lab.name, one.student.id if alone else team.first, one)
                 one.timestamp = when.replace(tzinfo=None) if when else one.timestamp
                 one.extension = plan.extensions.get(key)
                 for notebook in one.notebooks:

@@ -19,6 +19,7 @@ from effnlp_grading.course import Course
 from effnlp_lab.errors import UsageError
 
 IDS = ("canvas_id", "brightspace_id", "moodle_id", "login")
+_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"})  # which NFKD keeps
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,127}")
 
 
@@ -71,7 +72,7 @@ class Roster:
 
 def squashed(name: str) -> str:
     """A name as its letters and digits alone, without accents and capitals."""
-    plain = unicodedata.normalize("NFKD", name).casefold()
+    plain = unicodedata.normalize("NFKD", name).casefold().translate(_LETTERS)
     return "".join(c for c in plain if c.isalnum())
 
 

@@ -6,6 +6,7 @@ All of it may be done again at any time, and then changes nothing.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def _share(course: Course, lab: str, team: Team, show: Callable[[str], None]) ->
     """Give the first member's grades and comments to the others. Says whether the team has a grade."""
     from nbgrader.api import Gradebook, MissingEntry
 
-    with Gradebook(course.patient_url) as book:
+    with warnings.catch_warnings(), Gradebook(course.patient_url) as book:
+        warnings.filterwarnings("ignore", message="Object of type <Submitted.* not in session")  # nothing is lost
         try:
             graded = book.find_submission(lab, team.first)
         except MissingEntry:

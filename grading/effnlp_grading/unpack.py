@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -75,8 +75,8 @@ def files_in(source: Path) -> Iterator[Found | LeftOut]:
 class _Budget:
     """What may still be unpacked, of all archives together."""
 
-    files: int = MOST_FILES
-    total: int = MOST_TOTAL
+    files: int = field(default_factory=lambda: MOST_FILES)
+    total: int = field(default_factory=lambda: MOST_TOTAL)
 
     def file(self) -> bool:
         self.files -= 1

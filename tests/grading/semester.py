@@ -7,11 +7,13 @@ gradebook, what everybody must end with.
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import io
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import nbformat
 from classes import ROOT, master_of
-from effnlp_grading import autograde, cli, demo, sample_class
+from effnlp_grading import autograde, class_report, cli, demo, export, handback, late, regrade, sample_class  # noqa: F401
 from effnlp_grading.course import Course
 
 from effnlp_lab import exercises
@@ -142,18 +144,16 @@ def due(place: int) -> datetime:
 def make_course(folder: Path, semester: Semester) -> Course:
     """A released course with its roster, teams and due dates, and in downloads/ what the platforms hand out."""
     from nbgrader.api import Gradebook
-    from nbgrader.converters import GenerateAssignment
-    from nbgrader.coursedir import CourseDirectory
-    from traitlets.config.loader import PyFileConfigLoader
+    from nbgrader.preprocessors import SaveCells
 
     course = demo.scratch_course(ROOT, folder, [exercises.lab(lab) for lab in semester.labs])
-    config = PyFileConfigLoader("nbgrader_config.py", path=str(course.root / "grading")).load_config()
+    late.rules_of(course)  # the configuration puts `alembic` on the path, which nbgrader makes gradebooks with
     for place, lab in enumerate(semester.labs):
-        directory = CourseDirectory(config=config)
-        directory.assignment_id = lab
-        GenerateAssignment(coursedir=directory, config=config).start()
+        shutil.copytree(ROOT / "labs" / lab, course.root / "labs" / lab)
         with Gradebook(course.db_url) as book:
             book.update_or_create_assignment(lab, duedate=due(place).replace(tzinfo=None))
+        where = {"notebook": exercises.lab(lab).notebook, "assignment": lab, "db_url": course.db_url}
+        SaveCells().preprocess(copy.deepcopy(_release(lab)), {"nbgrader": where})  # as generate_assignment does
     _write_tables(course.root / "grading", semester)
     for place, lab in enumerate(semester.labs):
         where = course.root / "downloads" / lab
@@ -227,9 +227,9 @@ def _canvas(archive: zipfile.ZipFile, one: HandedIn, semester: Semester) -> None
     name = "".join(c for c in f"{family}{given}".lower() if c.isalnum())
     for number, data in enumerate(_files(one)):
         late = "_LATE" if one.days_late else ""
-        copy = f"-{number}" if number else ""
+        again = f"-{number}" if number else ""
         stem = f"{name}{late}_{one.person.user}_{10_000 * (one.place + 1) + 10 * one.person.number + number}"
-        archive.writestr(f"{stem}_{exercises.lab(one.lab).notebook}{copy}.ipynb", data)
+        archive.writestr(f"{stem}_{exercises.lab(one.lab).notebook}{again}.ipynb", data)
 
 
 def _moodle(archive: zipfile.ZipFile, one: HandedIn, semester: Semester) -> None:
@@ -402,7 +402,6 @@ def run_and_be_killed(course: Course, semester: Semester, after: int | None) -> 
 
 def _kill_at_write(count: int) -> None:
     """SIGKILL this process at its `count`-th change on disk: before or after it, in turn."""
-    import shutil
     import signal
 
     from sqlalchemy.orm import Session
