@@ -104,8 +104,13 @@ c.LateDays.grace_minutes = 15
 if os.environ.get("EFFNLP_EXCHANGE"):
     c.Exchange.root = os.environ["EFFNLP_EXCHANGE"]
 if os.environ.get("EFFNLP_NGSHARE"):
-    from ngshare_exchange import configureExchange
+    try:
+        from ngshare_exchange import configureExchange
+    except ImportError as error:
+        from effnlp_lab.errors import UsageError
 
+        raise UsageError("EFFNLP_NGSHARE is set and ngshare_exchange is not installed: `pip install ngshare_exchange`."
+                         ) from error
     address = os.environ["EFFNLP_NGSHARE"]
     configureExchange(c, None if address == "auto" else address)
 

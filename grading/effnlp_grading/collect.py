@@ -53,7 +53,6 @@ class Attempt:
     number: int = 0
     copy: int = 0
     filled: int = 0
-    placed: str = ""
     mended: tuple[str, ...] = ()
 
     @property
@@ -190,7 +189,7 @@ class _Collector:
         said = whole.sentences
         if path.stem != self.spec.notebook and attempt.platform != "canvas":
             said = [f"It was named {path.name}, and its content is that of {self.lab}.", *said]
-        attempt = replace(attempt, filled=filled, placed=hashlib.sha256(text.encode()).hexdigest(), mended=tuple(said))
+        attempt = replace(attempt, filled=filled, mended=tuple(said))
         before = next((old for old in attempts_of(self.course, self.lab, attempt.student) if old.key == attempt.key),
                       None)
         if before is not None:  # the same file again: later exports may know more of it
@@ -240,10 +239,11 @@ class _Collector:
         if not path.is_file():
             return
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() not in {one.placed for one in attempts_of(self.course, self.lab, student)}:
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in _lines(self._placed(student)):
             stamp = _stamp(path.parent)
             self._keep(Attempt(student, self.lab, "folder", f"submitted/{student}/{self.lab}/{path.name}", "", "",
-                               hashlib.sha256(data).hexdigest(), stamp, int(path.stat().st_mtime)), data)
+                               digest, stamp, int(path.stat().st_mtime)), data)
         if aside:
             where = attempts_folder(self.course, self.lab) / student / f"submitted-{path.stat().st_mtime_ns}"
             shutil.move(path.parent, where)
@@ -261,11 +261,19 @@ class _Collector:
         if path.is_file() and path.read_bytes() == text:
             self.done.unchanged.append(student)
         else:
+            with self._placed(student).open("a", encoding="utf-8") as file:  # first, so that it is known as ours
+                file.write(hashlib.sha256(text).hexdigest() + "\n")
             _write(path, text)
             self.done.placed.append(student)
         stamp = self._timestamp(last)
         if stamp is not None:
             _write(folder / "timestamp.txt", as_stored(stamp).encode())
+
+    def _placed(self, student: str) -> Path:
+        """The digests of all that was put into grading/submitted for a student."""
+        path = attempts_folder(self.course, self.lab) / student / "placed"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _tell(self, student: str, members: tuple[str, ...], attempts: list[Attempt]) -> None:
         last, mine = attempts[-1], {one.key for member in members for one in self.taken.get(member, ())}
@@ -337,6 +345,10 @@ def _stamp(folder: Path) -> int | None:
 
     path = folder / "timestamp.txt"
     return _seconds(read_time(path.read_text("utf-8", errors="replace"))) if path.is_file() else None
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text("utf-8").split()) if path.is_file() else set()
 
 
 def _seconds(when: datetime | None) -> int | None:

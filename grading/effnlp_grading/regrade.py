@@ -113,7 +113,7 @@ class _Regrade:
             return False
         digest = self._digest(student)
         if digest != lines[0].get("submission"):
-            self.passed_over[student] = "it was handed in anew since it was graded: `effnlp grade` judges all of it"
+            self.passed_over[student] = "it or the release has changed since: `effnlp grade --force` judges all of it"
             return False
         if read_lines(self.path(self.lab, student))[:1] != [lines[0]]:
             write_lines(self._before(student), [verdicts[self.exercise]])

@@ -243,7 +243,8 @@ def _moodle(archive: zipfile.ZipFile, one: HandedIn, semester: Semester) -> None
 
 
 def _brightspace(archive: zipfile.ZipFile, one: HandedIn, semester: Semester) -> None:
-    archive.writestr("index.html", "<html>Submissions</html>")
+    if "index.html" not in archive.namelist():
+        archive.writestr("index.html", "<html>Submissions</html>")
     for number, data in enumerate(reversed(_files(one))):
         local = one.time + timedelta(hours=2) - timedelta(hours=number)
         when = f"{local:%b} {local.day}, {local.year} {local.hour % 12 or 12}{local:%M %p}"

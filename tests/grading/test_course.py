@@ -210,8 +210,8 @@ def test_what_cannot_be_regraded_is_a_sentence(course, judge):
     notebook.cells.append(nbformat.v4.new_code_cell("y = 2"))
     nbformat.write(notebook, course.submission("blank", LAB))
     lines = table(regrade(course, LAB, FIRST, device="cpu", jobs=1))
-    assert lines[0] == ("blank     not regraded: it was handed in anew since it was graded: `effnlp grade` judges all "
-                        "of it")
+    why = "it or the release has changed since: `effnlp grade --force` judges all of it"
+    assert lines[0] == f"blank     not regraded: {why}"
     assert lines[1] == "mixed     not regraded: it was never graded: `effnlp grade` does that"
     assert lines[-1].startswith("2 regraded")
     shutil.rmtree(course.root / "grading" / "verdicts")
@@ -399,3 +399,6 @@ def test_ngshare_is_set_up_by_its_address(monkeypatch):
         monkeypatch.setenv("EFFNLP_NGSHARE", address)
         PyFileConfigLoader(CONFIGURATION, path=str(ROOT / "grading")).load_config()
     assert asked == [("Config", "http://hub:12121/services/ngshare"), ("Config", None)]
+    monkeypatch.setitem(sys.modules, "ngshare_exchange", None)
+    with pytest.raises(UsageError, match="pip install ngshare_exchange"):
+        PyFileConfigLoader(CONFIGURATION, path=str(ROOT / "grading")).load_config()
