@@ -117,7 +117,7 @@ class _Regrade:
             return False
         if read_lines(self.path(self.lab, student))[:1] != [lines[0]]:
             write_lines(self._before(student), [verdicts[self.exercise]])
-            rest = [line for line in lines[1:] if "exercise" in line and line["exercise"] != self.exercise]
+            rest = [line for line in lines[1:] if "finished" not in line and line.get("exercise") != self.exercise]
             write_lines(self.path(self.lab, student), [lines[0], *rest])
         return True
 
@@ -127,8 +127,9 @@ class _Regrade:
             line.get("exercise") == self.exercise for line in lines)
 
     def keep(self, student: str, verdicts: Mapping[str, Mapping[str, Any]], done: Mapping[str, Any]) -> None:
-        head = read_lines(self.path(self.lab, student))[0]
-        write_lines(self.path(self.lab, student), [head, *verdicts.values(), {"finished": True, **done}])
+        head, *rest = read_lines(self.path(self.lab, student))
+        predictions = [line for line in rest if "prediction" in line]
+        write_lines(self.path(self.lab, student), [head, *predictions, *verdicts.values(), {"finished": True, **done}])
 
     def write(self, student: str) -> None:
         """Put the better verdict into the student's record, and through nbgrader into gradebook and pages."""
