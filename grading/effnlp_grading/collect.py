@@ -308,10 +308,10 @@ class _Collector:
 
 
 def answers_in(notebook: NotebookNode, release: NotebookNode) -> set[str]:
-    """Which of a release's answer cells a notebook has."""
+    """Which of a release's exercises a notebook has an answer cell for."""
     places = Places(release)
     matched = {places.match(cell) for cell in notebook.cells}
-    return {release.cells[place].metadata.nbgrader.grade_id for place in places.solutions if place in matched}
+    return {name for name, place in places.by_name.items() if place in matched and place not in places.written}
 
 
 def _is_answer(cell: NotebookNode) -> bool:

@@ -237,7 +237,6 @@ def test_archives_that_mean_harm(course, tmp_path, monkeypatch):
         archive.writestr("lovelaceada_4711_6_lab.zip", bomb)
         archive.writestr("lovelaceada_4711_7_lab.zip", deep)
         archive.writestr("lovelaceada_4711_8_lab.ipynb", SOLVED)
-    data = bytearray(path.read_bytes())
     done = collect(course, LAB, [path])
     said = "\n".join(done.not_placed)
     assert said.count("climbs out of the archive") == 4 and said.count("links are not followed") == 1
@@ -248,8 +247,11 @@ def test_archives_that_mean_harm(course, tmp_path, monkeypatch):
     folder.mkdir()
     os.symlink(path, folder / "lovelaceada_4711_9_lab.ipynb")
     assert "links are not followed" in collect(course, LAB, [folder]).not_placed[0]
-    (tmp_path / "cut.zip").write_bytes(bytes(data[:-40]))
+    whole = zipped(tmp_path / "whole.zip", {"lovelaceada_4711_9_lab.ipynb": SOLVED})
+    (tmp_path / "cut.zip").write_bytes(whole.read_bytes()[:-40])
     assert "no zip that can be opened" in collect(course, LAB, [tmp_path / "cut.zip"]).not_placed[0]
+    (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-40])  # the end of a zip within it is found instead
+    assert collect(course, LAB, [tmp_path / "cut.zip"]).not_placed
 
 
 def test_the_total_is_limited_too(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_late_days_by_nbgraders_own_preprocessor(course):
         one = book.find_submission(LAB, "perfect")
         assert one.total_seconds_late == 4.5 * 86_400
         assert one.late_submission_penalty == pytest.approx(0.2 * SPEC.points)
-    assert course.grades(LAB)["perfect"].final == pytest.approx(0.8 * SPEC.points)
+    assert course.grades(LAB)["perfect"].final == pytest.approx(SPEC.checked_points - 0.2 * SPEC.points)
     finish(course, LAB)
     assert course.grades(LAB)["perfect"].penalty == pytest.approx(0.2 * SPEC.points)
 
@@ -271,23 +271,23 @@ def test_feedback_in_the_shape_of_each_platform(course, capsys):
 def test_grades_in_the_form_of_each_platform(course, tmp_path):
     """Written out by hand from the platforms' manuals."""
     give_platforms(course)
-    mixed = f"{round(course.grades(LAB)['mixed'].final, 4):g}"
+    mixed, crumbled = (f"{round(course.grades(LAB)[who].final, 4):g}" for who in ("mixed", "crumbled"))
     for platform in ("canvas", "moodle", "brightspace"):
         assert main(["export", "01", "--lms", platform, "--column", "Lab 1 (77)", "--out",
                      str(tmp_path / platform)]) == 0
     read = {path.name: path.read_bytes().decode("utf-8") for path in tmp_path.iterdir() if path.is_file()}
     assert read["canvas"].split("\r\n") == [
         "Student,ID,SIS User ID,SIS Login ID,Section,Lab 1 (77)", f"    Points Possible,,,,,{SPEC.points:g}",
-        "\"Dyke, =Bob van\",,blank,blank,,0", "\"Li, Dan\",,crumbled,crumbled,,10",
+        "\"Dyke, =Bob van\",,blank,blank,,0", f"\"Li, Dan\",,crumbled,crumbled,,{crumbled}",
         "\"Lovelace, Ada\",4711,perfect,al1,,10", f"\"Ng, Chloé\",,mixed,mixed,,{mixed}",
         "\"Om, Eve\",4712,absent,absent,,", ""]
     assert read["moodle"].split("\r\n") == [
         "Full name,Email address,ID number,Lab 1 (77)", "'=Bob van Dyke,bob@x.edu,blank,0",
-        "Dan Li,d@x.edu,crumbled,10", "Ada Lovelace,ada@x.edu,perfect,10", f"Chloé Ng,c@x.edu,mixed,{mixed}",
+        f"Dan Li,d@x.edu,crumbled,{crumbled}", "Ada Lovelace,ada@x.edu,perfect,10", f"Chloé Ng,c@x.edu,mixed,{mixed}",
         "Eve Om,e@x.edu,absent,", ""]
     assert read["brightspace"].split("\r\n") == [
         "OrgDefinedId,Username,Lab 1 (77) Points Grade,End-of-Line Indicator", "#blank,#blank,0,#",
-        "#crumbled,#crumbled,10,#", "#perfect,#al1,10,#", f"#mixed,#mixed,{mixed},#", "#absent,#absent,,#", ""]
+        f"#crumbled,#crumbled,{crumbled},#", "#perfect,#al1,10,#", f"#mixed,#mixed,{mixed},#", "#absent,#absent,,#", ""]
     sheet = tmp_path / "sheet.csv"
     sheet.write_text("\ufeffIdentifier,Full name,Email address,Grade,Last modified (grade)\n"
                      "Participant 5,Ada Lovelace,ada@x.edu,,-\nParticipant 6,Eve Om,e@x.edu,,-\n", "utf-8")
