@@ -356,6 +356,21 @@ def _judge_response(
     return over or ("correct", "", {})
 
 
+def response_verdict(
+    exercise: Exercise, reference: Reference, case: Case, response: dict, variant: Variant
+) -> tuple[State, str]:
+    """State and sentence of one case on the CPU, from a driver's response as `read_response` gives it.
+
+    What cannot be compared with the reference is wrong, in words.
+    """
+    try:
+        return _judge_response(
+            exercise, reference, case, dict(case.inputs), response, variant, "cpu", exercise.seconds, False
+        )[:2]
+    except Exception as error:
+        return "incorrect", f"Your answer cannot be compared with the right one ({type(error).__name__})."
+
+
 @contextlib.contextmanager
 def _where(device: str) -> Iterator[None]:
     """Put what the reference makes on `device`; autograd's thread is not to remark on its first product there."""

@@ -105,6 +105,26 @@ def similarity_verb(
     similarity(find_course(), match_lab(lab), past or (), most)
 
 
+@app.command("defend")
+def defend_verb(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Whose code: a folder in grading/submitted/.")],
+    lab: Annotated[str | None, typer.Option(help="Of which lab.", show_default="the latest with accepted code")] = None,
+    questions: Annotated[int, typer.Option(min=1, max=20, help="How many.")] = 5,
+    grade: Annotated[Path | None, typer.Option(help="Grade the answers.json that came back.")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox/--no-sandbox", help="Wall off students' code.")] = True,
+) -> None:
+    """Make a ten-minute quiz from small changes of a student's own accepted code, and grade it."""
+    from effnlp_grading import defend
+    from effnlp_grading.course import find_course
+    from effnlp_lab.cli import match_lab
+
+    if grade is not None:
+        defend.grade_quiz(find_course(), student, grade)
+        return
+    confined = sandbox and os.environ.get("EFFNLP_SANDBOX", "1") != "0"
+    defend.main(find_course(), student, match_lab(lab) if lab else None, questions, confined)
+
+
 @app.command("demo")
 def demo_verb(
     device: OnDevice = "auto",
