@@ -19,7 +19,7 @@ from effnlp_grading.course import Course
 from effnlp_grading.limits import Limits
 from effnlp_grading.plan import Step, digest_of, steps_of
 from effnlp_grading.preprocessors import record_path, sandbox_of
-from effnlp_grading.quiz import Accepted, Question, make_quiz
+from effnlp_grading.quiz import Accepted, Question, make_quiz, no_end
 from effnlp_grading.records import Record
 from effnlp_grading.repair import read_submission, repair
 from effnlp_grading.sandbox import Sandbox
@@ -127,8 +127,12 @@ class SandboxRunner:
                 if error:  # what was defined before is still there, and not what is asked about
                     return [f"does not even run: {': '.join(error)}"] * len(requests)
                 found.append(self._session.case(self.exercise, request, seconds))
+                if no_end(found[-1]):
+                    break
             except Ended as end:
                 self._session = None
+                if end.status == "timed out":
+                    return []
                 found.append(str(end))
         return found
 

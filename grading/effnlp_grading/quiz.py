@@ -28,10 +28,9 @@ OPTIONS = 4
 MUTANTS = 28  # tried of an exercise
 CASES = 8
 SLOWER = 10.0  # times one's own time that a changed answer may take
-LEAST_SECONDS = 0.5
+LEAST_SECONDS = 0.25
 LONGEST_INPUT = 700  # characters of an input that is shown
 LONGEST_RESULT = 260
-NO_END = "It does not come to an end."
 NUMBERS = 24  # of a tensor that are shown
 
 
@@ -86,7 +85,10 @@ class Runner(Protocol):
     """Runs code in place of somebody's answer, where it can do no harm."""
 
     def run(self, source: str, requests: Sequence[tuple[bytes, float]], fresh: bool = False) -> list[bytes | str]:
-        """The driver's responses to requests, each within its seconds; a str says how the process ended instead."""
+        """The driver's responses to requests, each within its seconds; a str says how the process ended instead.
+
+        After a case that does not come to an end there may be none.
+        """
         ...
 
 
@@ -135,9 +137,11 @@ class _Bench:
         self.table: dict[str, list[Outcome]] = {}
         if self.cases and self._own_outcomes():
             made = make(one.exercise.name, one.source, own_lines(one.source, blank))
-            self.mutants = draw.sample(made, min(MUTANTS, len(made)))
-            for mutant in self.mutants:
-                self.table[mutant.id] = self._outcomes(mutant.source)
+            for mutant in draw.sample(made, min(MUTANTS, len(made))):
+                row = self._outcomes(mutant.source)
+                if row:
+                    self.mutants.append(mutant)
+                    self.table[mutant.id] = row
 
     def question(self, kind: Kind) -> Question | None:
         """One more question of a kind, checked; None where there is none."""
@@ -201,7 +205,10 @@ class _Bench:
             return False
         for number, option in enumerate(question.options):
             place = option.case
-            outcome = self._outcome(place, self.runner.run(option.source, [self.requests[place]], fresh=True)[0])
+            responses = self.runner.run(option.source, [self.requests[place]], fresh=True)
+            if not responses:
+                return False
+            outcome = self._outcome(place, responses[0])
             if question.kind == "what happens":
                 if outcome.text != option.text:
                     return False
@@ -222,6 +229,8 @@ class _Bench:
     def _own_outcomes(self) -> bool:
         """Run the code as it is, twice; keep the cases on which it is right and the same both times."""
         began = [self._outcomes(self.one.source) for _ in range(2)]
+        if not all(began):
+            return False
         keep = [place for place, pair in enumerate(zip(*began, strict=True))
                 if all(o.right for o in pair) and pair[0].text == pair[1].text]
         self.own = [began[0][place] for place in keep]
@@ -237,13 +246,11 @@ class _Bench:
         return request, seconds
 
     def _outcomes(self, source: str) -> list[Outcome]:
-        found: list[Outcome] = []
-        for first, last in ((0, 2), (2, len(self.requests))):
-            if found and all(outcome.text == NO_END for outcome in found):  # nor will it on the others
-                return found + [found[0]] * (last - first)
-            responses = self.runner.run(source, self.requests[first:last]) if first < last else []
-            found += [self._outcome(place, response) for place, response in enumerate(responses, first)]
-        return found
+        """What a text does on each case; nothing where it does not come to an end on one, which would take minutes."""
+        responses = self.runner.run(source, self.requests)
+        if not responses or no_end(responses[-1]):
+            return []
+        return [self._outcome(place, response) for place, response in enumerate(responses)]
 
     def _outcome(self, place: int, response: bytes | str) -> Outcome:
         if isinstance(response, str):
@@ -258,7 +265,8 @@ class _Bench:
             error = read.get("error") or {}
             return Outcome(False, f"It raises {error.get('type')}: {error.get('message')}"[:LONGEST_RESULT], sentence)
         if status != "ok":
-            return Outcome(False, NO_END if status == "timed out" else "It gives nothing.", sentence)
+            text = "It does not come to an end." if status == "timed out" else "It gives nothing."
+            return Outcome(False, text, sentence)
         changed = read["observed"].get("changed") or []
         text = f"It gives {value_text(read['outputs'])}" + (f", and changes its input {changed[0]}" if changed else "")
         return Outcome(state == "correct", text[:LONGEST_RESULT] + ".", sentence)
@@ -280,6 +288,11 @@ class _Bench:
 
     def _shuffled(self, items: Sequence) -> list:
         return self.draw.sample(list(items), len(items))
+
+
+def no_end(response: bytes | str) -> bool:
+    """Whether a response says that the code had not come to an end in time."""
+    return not isinstance(response, str) and read_response(response)["status"] == "timed out"
 
 
 def told(mutant: Mutant) -> str:
