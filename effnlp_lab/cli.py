@@ -153,6 +153,12 @@ def similarity(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
+def release(context: typer.Context) -> None:
+    """Write a repository for students: `effnlp release --student-repo OUT`."""
+    _grading("release", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
 def defend(context: typer.Context) -> None:
     """Make a quiz from a student's own accepted code, and grade it: `effnlp defend STUDENT`."""
     _grading("defend", context.args)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import functools
 import json
+import zlib
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -67,4 +69,8 @@ def reference_of(exercise: str) -> Reference:
 def sources(lab_name: str) -> dict[str, Any]:
     """Texts that `effnlp build` derives from the lab's master: given code, blanks, known mistakes spelled out."""
     path = _HERE / lab_name / "sources.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {"given": "", "exercises": {}}
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {"given": "", "exercises": {}}
+    for texts in found["exercises"].values():
+        if isinstance(texts["mistakes"], str):  # packed, in a student's repository
+            texts["mistakes"] = json.loads(zlib.decompress(base64.b85decode(texts["mistakes"])))
+    return found

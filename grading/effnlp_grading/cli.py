@@ -105,6 +105,17 @@ def similarity_verb(
     similarity(find_course(), match_lab(lab), past or (), most)
 
 
+@app.command("release")
+def release_verb(
+    student_repo: Annotated[Path, typer.Option("--student-repo", metavar="OUT", help="Where to write it.")],
+) -> None:
+    """Write a repository for students: labs and kit, without masters, solutions and the instructor's tools."""
+    from effnlp_grading.course import find_course
+    from effnlp_grading.release import main as release
+
+    raise typer.Exit(release(find_course(), student_repo))
+
+
 @app.command("defend")
 def defend_verb(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Whose code: a folder in grading/submitted/.")],
@@ -139,6 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code. Raises EffnlpError with one sentence for what the user got wrong."""
     try:
         app(args=None if arguments is None else list(arguments), prog_name="effnlp")
+    except ImportError as error:
+        if not str(error.name).startswith(("effnlp_grading", "effnlp_lab")):
+            raise
+        raise UsageError(f"`effnlp {' '.join(arguments or ())}` is the instructor's, and this is a student's "
+                         f"repository: use a complete checkout ({error}).") from error
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     return 0
