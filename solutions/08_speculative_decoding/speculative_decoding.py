@@ -58,6 +58,7 @@ device = effnlp_lab.start("08_speculative_decoding", device=DEVICE, fast=FAST)
 
 # %% tags=["demo"]
 import html
+import statistics
 import time
 
 import transformers
@@ -70,7 +71,7 @@ from effnlp_lab.notebook import plots
 one_thread = device.kind == "cpu" and device.fast
 if one_thread:
     torch.set_num_threads(1)  # products this small: a second thread would mostly wait for the first
-clock = time.process_time if one_thread else time.perf_counter  # of one thread, the time that it really worked
+clock = time.process_time if one_thread else time.perf_counter  # of one thread: while it worked
 transformers.logging.set_verbosity_error()  # assisted generation remarks on its own settings
 target = load_model("course-base", device=device).requires_grad_(False)
 drafter = load_model("course-draft", device=device).requires_grad_(False)
@@ -180,18 +181,19 @@ def accept_drafts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many drafts are accepted, and how many were tested.
 
-    p, q: [..., gamma, vocabulary] float32, the distributions of target and drafter at the place of each draft;
-        "..." is any number of batch dimensions, also none. gamma is at least 1
+    p, q: [..., gamma, vocabulary] float32, the distributions of target and drafter at the place of each
+        draft; "..." is any number of batch dimensions, also none. gamma is at least 1
     drafts: [..., gamma] int64; each q is above 0 at its draft, and p may be 0 there
-    uniforms: [..., gamma] float32 in [0, 1), the coin of each draft: it is kept where the uniform is below p / q
-    Returns (accepted, tested), both int64 [...]: how many drafts are kept before the first that is not (gamma where
-    all are); and these with the first rejected one, if there is one.
+    uniforms: [..., gamma] float32 in [0, 1), the coin of each draft: it is kept where the uniform is
+        below p / q
+    Returns (accepted, tested), both int64 [...]: how many drafts are kept before the first that is not
+    (gamma where all are); and these with the first rejected one, if there is one.
     """
     ### BEGIN SOLUTION
     at_p = p.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
     at_q = q.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
     kept = uniforms * at_q < at_p
-    accepted = kept.long().cumprod(-1).sum(-1)
+    accepted = kept.cumprod(-1).sum(-1)
     tested = (accepted + 1).clamp(max=drafts.shape[-1])
     return accepted, tested
     ### END SOLUTION
@@ -208,7 +210,7 @@ check("accept_drafts", accept_drafts)
 #
 # $$p(x) - \min(p(x), q(x)) = \max(0,\ p(x) - q(x)),$$
 #
-# the blue bars' tops. So the replacement is drawn from exactly that, made into a distribution:
+# the blue that sticks out of the hatched part. So the replacement is drawn from exactly that, made into a distribution:
 #
 # $$p'(x) = \mathrm{norm}(\max(0,\ p(x) - q(x))) = \frac{\max(0,\ p(x) - q(x))}{\sum_y \max(0,\ p(y) - q(y))}.$$
 #
@@ -293,8 +295,8 @@ print(f"accepted: {(accepted == 1).float().mean():.3f}; the sum of min(p, q) is 
 # ## 3. Which distribution is the target's?
 #
 # Nobody samples from a model's plain softmax. There is a **temperature** $T$, often a **top-k** (only the $k$ likeliest
-# tokens) and a **top-p** (only as many of the likeliest as are needed to reach a probability of $p$ together; Holtzman
-# et al., 2020). Speculative decoding keeps whatever distribution it is given. So the rule is: whatever shapes the
+# tokens) and a **top-p** (only the likeliest tokens, as few as have a given probability together; Holtzman et al.,
+# 2020). Speculative decoding keeps whatever distribution it is given. So the rule is: whatever shapes the
 # target's logits comes **first**, and "$p$" in the two exercises above is what comes out. The same for the drafter:
 # $q$ is the distribution that the draft was really drawn from, shaped and all.
 #
@@ -302,10 +304,10 @@ print(f"accepted: {(accepted == 1).float().mean():.3f}; the sum of min(p, q) is 
 # again each time.
 #
 # ```
-#   logits        2.0   1.6   1.1   0.3  -0.5                T = 1, top_k = 4, top_p = 0.8
+#   logits        2.0   1.6   1.1   0.3  -0.5       T = 1, top_k = 4, top_p = 0.8
 #   softmax      0.43  0.29  0.17  0.08  0.04
 #   top-k 4      0.44  0.30  0.18  0.08   0
-#   sums before     0  0.44  0.74  0.92                      a token goes when those before it reach 0.8
+#   sums before     0  0.44  0.74  0.92             from 0.8 on a token goes
 #   top-p 0.8    0.48  0.32  0.20   0     0
 # ```
 #
@@ -337,12 +339,12 @@ def sampling_distribution(
     """The distribution that a token is sampled from.
 
     logits: [..., vocabulary], float32, float16 or bfloat16, all finite; "..." may be nothing
-    temperature: divides the logits; 0 is greedy: probability 1 on the largest logit (there is one largest), and top_k
-        and top_p change nothing
-    top_k: only tokens whose logit is at least the k-th largest stay (what equals the k-th largest stays too); 0: all;
-        may be larger than the vocabulary
-    top_p: in (0, 1]; of what top-k left, made into a distribution, only the likeliest tokens stay, as few as reach a
-        sum of top_p; 1: all
+    temperature: divides the logits; 0 is greedy: probability 1 on the largest logit (there is one
+        largest), and top_k and top_p change nothing
+    top_k: only tokens whose logit is at least the k-th largest stay (what equals the k-th largest stays
+        too); 0: all; may be larger than the vocabulary
+    top_p: in (0, 1]; of what top-k left, made into a distribution, only the likeliest tokens stay, as few
+        as reach a sum of top_p; 1: all
     Returns [..., vocabulary] float32, computed in float32: 0 at tokens that do not stay, and a sum of 1.
     """
     ### BEGIN SOLUTION
@@ -383,8 +385,8 @@ seen = [(all_logits(target, ids), all_logits(drafter, ids)) for ids in prompts]
 
 def overlap_at(temperature, top_k=0, top_p=1.0):
     """The mean of sum min(p, q) over all places of the prompts."""
-    common = [torch.minimum(*(sampling_distribution(x, temperature, top_k, top_p) for x in pair)).sum(-1) for pair in seen]
-    return torch.cat(common).mean().item()
+    shaped = ([sampling_distribution(x, temperature, top_k, top_p) for x in pair] for pair in seen)
+    return torch.cat([torch.minimum(*pair).sum(-1) for pair in shaped]).mean().item()
 
 
 temperatures = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -398,7 +400,8 @@ for name, values in curves.items():
 axes.set_xticks(range(len(temperatures)), [f"{T:g}" for T in temperatures])
 axes.set_ylim(0, 1)
 axes.legend()
-said = ", ".join(f"{value:.2f} at T = {T:g}" for T, value in zip(temperatures, curves["all tokens"]) if T in (0, 1, 8))
+points = zip(temperatures, curves["all tokens"])
+said = ", ".join(f"{value:.2f} at T = {T:g}" for T, value in points if T in (0, 1, 8))
 plots.show(figure, f"Acceptance rate against temperature, three ways to cut. Nothing cut: {said}.")
 print(f"nothing cut: {said}")
 if my_acceptance_at_1 is not None:
@@ -407,7 +410,8 @@ if my_acceptance_at_1 is not None:
 # %% [markdown]
 # A small model is wrong about rare things and right about common ones, and most tokens are common: a name that was just
 # used, a bracket, an indentation. Far above temperature 1 both distributions are nearly flat, and two flat
-# distributions are the same. (What they agree on then is noise.)
+# distributions are the same. (What they agree on then is noise. With top-k it is another matter: whether the twenty
+# likeliest tokens are the same twenty does not depend on the temperature.)
 #
 # ## 4. One full step
 #
@@ -488,17 +492,17 @@ def speculative_step(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Draft gamma tokens, test them, and add the one that follows.
 
-    target, drafter: functions from token ids [length] to logits [length, vocabulary]; the logits at a token are those
-        of the token after it. Call the target once
+    target, drafter: functions from token ids [length] to logits [length, vocabulary]; the logits at a
+        token are those of the token after it. Call the target once
     prefix: [length] int64, the text so far, at least one token
     gamma: how many tokens to draft, at least 1
-    uniforms: [2 * gamma + 1] float32 in [0, 1): the first gamma draw the drafts, the next gamma test them (as in
-        accept_drafts), the last draws the token that follows
+    uniforms: [2 * gamma + 1] float32 in [0, 1): the first gamma draw the drafts, the next gamma test them
+        (as in accept_drafts), the last draws the token that follows
     temperature, top_k, top_p: of sampling_distribution, for both models
-    Tokens are drawn by inverting the cumulative distribution, from the end that your variant says: the first token,
-    coming from that end, whose cumulative weight exceeds uniform * total.
-    Returns (new, drafts, tested): the accepted drafts and the token that follows, int64 [accepted + 1]; all drafts,
-    int64 [gamma]; and how many drafts were tested.
+    Tokens are drawn by inverting the cumulative distribution, from the end that your variant says: the
+    first token, coming from that end, whose cumulative weight exceeds uniform * total.
+    Returns (new, drafts, tested): the accepted drafts and the token that follows, int64 [accepted + 1];
+    all drafts, int64 [gamma]; and how many drafts were tested.
     """
     ### BEGIN SOLUTION
     def shaped(logits):
@@ -526,14 +530,14 @@ check("speculative_step", speculative_step)
 # ### See it at work
 #
 # The lecture's picture: each line is one step. Kept drafts are green and underlined, the rejected one is red and struck
-# through, the target's own token is blue and boxed. What was never tested is grey and in brackets.
+# through, the target's own token is blue and boxed. What was never tested is grey and slanted.
 
 # %% tags=["demo"] needs=["accept_drafts", "adjusted_distribution", "sampling_distribution", "speculative_step"]
 LOOKS = {
     "kept": ("+{}", "background:#D5F0E3;color:#00503A;text-decoration:underline"),
     "rejected": ("x{}", "background:#FBDDCB;color:#7A2E00;text-decoration:line-through"),
     "the target's own": ("={}", "background:#D6E8F7;color:#003A5C;border:1px solid #0072B2;font-weight:bold"),
-    "never tested": ("({})", "color:#666666"),
+    "never tested": ("({})", "color:#666666;font-style:italic"),
 }
 
 
@@ -551,14 +555,13 @@ class Trace:
         self.rows.append(row[:tested] + [(new[-1], "the target's own")] + row[tested:])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        plain = "\n".join(" ".join(LOOKS[state][0].format(shown(token)) for token, state in row) for row in self.rows)
+        plain = "\n".join(" ".join(LOOKS[state][0].format(shown(token)) for token, state in row)
+                          for row in self.rows)
         cell = '<span style="padding:0 3px;margin-right:3px;white-space:pre;font-family:monospace;{}">{}</span>'
         legend = " ".join(cell.format(look, name) for name, (_, look) in LOOKS.items())
         lines = []
         for row in self.rows:
-            spans = [cell.format(LOOKS[state][1], html.escape(LOOKS[state][0].format(shown(token))
-                                                             if state == "never tested" else shown(token)))
-                     for token, state in row]
+            spans = [cell.format(LOOKS[state][1], html.escape(shown(token))) for token, state in row]
             count = sum(state == "kept" for _, state in row)
             lines.append(f'<tr><td style="text-align:right">{count} kept</td>'
                          f'<td style="text-align:left">{"".join(spans)}</td></tr>')
@@ -590,7 +593,7 @@ def acceptance(steps):
 
 from IPython.display import display
 
-trace, NEW = Trace(), device.pick(fast=24, full=64)
+trace, NEW = Trace(), device.pick(fast=36, full=64)
 live = display(trace, display_id=True)
 
 
@@ -599,7 +602,13 @@ def grow(*step):
     live.update(trace)
 
 
-WRITTEN = "import socket\n\nclass Server:\n    def __init__(self, host, port):\n"
+WRITTEN = '''class Stack:
+    """A list of items."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def push('''
 prompt = torch.tensor(tokenizer(WRITTEN)["input_ids"], device=device.torch)
 text, steps = speculate(rereading(target), rereading(drafter), prompt, NEW, 5, on_step=grow)
 alone = prompt
@@ -628,11 +637,11 @@ print("the target alone writes", "the same" if torch.equal(text, alone) else "so
 # ```
 #   column           0    1    2    3    4    5    6    7
 #                    |-- before --|  newest  d1   d2   d3
-#   row 0, held      x    x    .    x    x    x    x    x          accepted 1
-#   row 1, held      x    x    x    x    x    x    x    x          accepted 2
+#   row 0, held      x    x    .    x    x    x    x    x      accepts 1
+#   row 1, held      x    x    x    x    x    x    x    x      accepts 2
 #
-#   row 0, after     x    x    .    x    x    x    .               6 - 1 = 5 tokens: the next is at position 5
-#   row 1, after     x    x    x    x    x    x    x               7 tokens: the next is at position 7
+#   row 0, after     x    x    .    x    x    x    .           next position: 5
+#   row 1, after     x    x    x    x    x    x    x           next position: 7
 # ```
 #
 # Three things to see:
@@ -671,13 +680,14 @@ def roll_back(
     """Forget the drafts that were not accepted.
 
     cache: of each layer (keys, values), both [batch, heads, column, dim]
-    held: [batch, column] bool, the columns that count for each row. Every row holds the last gamma + 1 of them, which
-        are its newest token and then its gamma drafts; before them any columns may be held or not
+    held: [batch, column] bool, the columns that count for each row. Every row holds the last gamma + 1 of
+        them, which are its newest token and then its gamma drafts; before them any may be held or not
     accepted: [batch] int64, from 0 to gamma: of each row, how many of its drafts stay
     gamma: at least 1
-    Returns (cache, held, positions). Columns at the end that no row holds any more are cut off, from keys, values and
-    held alike; all others stay where they are. positions: [batch] int64, how many tokens each row holds, which is the
-    position of its next one. The inputs stay as they are; what is returned may be views of them.
+    Returns (cache, held, positions). Columns at the end that no row holds any more are cut off, from keys,
+    values and held alike; all others stay where they are. positions: [batch] int64, how many tokens each
+    row holds, which is the position of its next one. The inputs stay as they are; what is returned may be
+    views of them.
     """
     ### BEGIN SOLUTION
     kept = held.clone()
@@ -714,7 +724,8 @@ for counts in ([0, 4, 2], [3, 1, 0]):
     texts = [torch.cat([text, row[30 : 31 + count]]) for text, row, count in zip(texts, rows, counts)]
     columns.append(cached.held.shape[1])
 after = cached.extend(rows[:, 35:36])[:, -1]
-fresh = torch.stack([all_logits(exact_target, torch.cat([text, row[35:36]]))[-1] for text, row in zip(texts, rows)])
+fresh = torch.stack([all_logits(exact_target, torch.cat([text, row[35:36]]))[-1]
+                     for text, row in zip(texts, rows)])
 print(f"columns: {columns}; tokens held: {[len(text) for text in texts]}")
 print(f"largest difference of a logit: {(after - fresh).abs().max():.1e}, of logits up to {fresh.abs().max():.0f}")
 
@@ -743,7 +754,8 @@ class Remembering:
                 layer.keys, layer.values = keys, values
             self.logits = self.logits[:same]
         if same < len(ids):
-            new = self.model(input_ids=ids[None, same:], past_key_values=self.cache, use_cache=True).logits[0].float()
+            new = self.model(input_ids=ids[None, same:], past_key_values=self.cache, use_cache=True)
+            new = new.logits[0].float()
             self.logits = new if self.logits is None else torch.cat([self.logits, new])
             self.held = torch.ones(1, len(ids), dtype=torch.bool, device=ids.device)
         self.ids = ids
@@ -762,8 +774,8 @@ def seconds_of(work):
 
 for name, kind in (("reading again", rereading), ("remembering", Remembering)):
     spent, (again, _) = seconds_of(lambda: speculate(kind(target), kind(drafter), prompt, NEW, 5))
-    print(f"{name:15}{1000 * spent / NEW:7.1f} ms a token; "
-          f"{'the same text' if torch.equal(again, text) else 'another text (look at the rounding, or at roll_back)'}")
+    same = "the same text" if torch.equal(again, text) else "another text: rounding, or roll_back?"
+    print(f"{name:15}{1000 * spent / NEW:7.1f} ms a token; {same}")
 
 # %% [markdown]
 # ## 6. What it gives
@@ -823,7 +835,7 @@ class SpeedModel:
         ### END SOLUTION
 
     def best_gamma(self, most: int) -> int:
-        """The gamma from 0 to `most` (both included) with the largest speed-up; of equal ones the smallest."""
+        """The gamma from 0 to `most` (included) with the largest speed-up; of equals the smallest."""
         ### BEGIN SOLUTION
         return max(range(most + 1), key=self.speedup)
         ### END SOLUTION
@@ -876,31 +888,34 @@ my_gamma, my_speedup = None, None  # your guesses
 
 # %% tags=["demo"] needs=["SpeedModel"]
 TEMPERATURES, GAMMAS = device.pick(fast=((0.0, 1.0), (1, 2, 4)), full=((0.0, 0.5, 1.0, 1.5), (1, 2, 3, 4, 6)))
-REPEATS = device.pick(fast=1, full=3)
-def run(decoder):
-    """Seconds a token (prompts and first steps apart), acceptance rate, tokens a step; the fastest of REPEATS."""
-    tries = []
-    for _ in range(REPEATS):
-        found, spent, tokens = [], 0.0, 0
-        for i, ids in enumerate(prompts[:TEXTS]):
+
+
+def measure(decoders):
+    """Of each decoder (seconds a step, acceptance rate, tokens a step): in turns, so that what disturbs one
+    disturbs all. The time is the median of all steps but the first of each text."""
+    times, found = {name: [] for name in decoders}, {name: [] for name in decoders}
+    for i, ids in enumerate(prompts[:TEXTS]):
+        for name, decoder in decoders.items():
             marks = []
-            found.append(decoder.generate([ids], GENERATE, seed=i,
-                                          on_tokens=lambda row, new: marks.append((clock(), len(new)))).statistics)
-            spent, tokens = spent + marks[-1][0] - marks[0][0], tokens + GENERATE - marks[0][1]
-        tries.append(spent / tokens)
-    accepted, tested = (sum(getattr(x, name) for x in found) for name in ("accepted", "tested"))
-    return min(tries), accepted / max(tested, 1), sum(x.tokens for x in found) / sum(x.steps for x in found)
+            found[name].append(decoder.generate([ids], GENERATE, seed=i,
+                                                on_tokens=lambda row, new: marks.append(clock())).statistics)
+            times[name] += [after - before for before, after in zip(marks, marks[1:])]
+    total = {name: [sum(getattr(x, field) for x in each) for field in ("accepted", "tested", "tokens", "steps")]
+             for name, each in found.items()}
+    return {name: (statistics.median(times[name]), accepted / max(tested, 1), tokens / steps)
+            for name, (accepted, tested, tokens, steps) in total.items()}
 
 
 decoder_of(target, drafter, 1.0).generate([prompts[0]], 4, seed=0)  # warm-up
-plain = {T: run(decoder_of(target, None, T))[0] for T in TEMPERATURES}
-draft_alone = {T: run(decoder_of(drafter, None, T))[0] for T in TEMPERATURES}
-cost = {T: draft_alone[T] / plain[T] for T in TEMPERATURES}
-table = []
+plain, cost, table = {}, {}, []
 for T in TEMPERATURES:
+    found = measure({"target": decoder_of(target, None, T), "drafter": decoder_of(drafter, None, T),
+                     **{gamma: decoder_of(target, drafter, T, gamma) for gamma in GAMMAS}})
+    plain[T], cost[T] = found["target"][0], found["drafter"][0] / found["target"][0]
     for gamma in GAMMAS:
-        each, alpha, per_step = run(decoder_of(target, drafter, T, gamma))
-        table.append({"T": T, "gamma": gamma, "alpha": alpha, "per step": per_step, "speed": plain[T] / each,
+        step, alpha, per_step = found[gamma]
+        table.append({"T": T, "gamma": gamma, "alpha": alpha, "per step": per_step,
+                      "speed": plain[T] * per_step / step,
                       "predicted": SpeedModel(alpha, cost[T]).speedup(gamma)})
 sizes = [sum(p.numel() for p in model.parameters()) for model in (drafter, target)]
 print(f"weights: {sizes[0]:,} and {sizes[1]:,}, a ratio of {sizes[0] / sizes[1]:.2f}")
@@ -909,8 +924,8 @@ for T in TEMPERATURES:
 print("\nM_q           T    gamma  alpha  tokens/step  speed  predicted  implied c")
 for row in table:
     implied = SpeedModel(row["alpha"]).implied_cost_ratio(row["gamma"], row["speed"])
-    print(f"course-draft  {row['T']:<4g} {row['gamma']:5}  {row['alpha']:5.2f}  {row['per step']:11.2f}  {row['speed']:4.2f}x"
-          f"  {row['predicted']:8.2f}x  {implied:9.2f}")
+    print(f"course-draft  {row['T']:<4g} {row['gamma']:5}  {row['alpha']:5.2f}  {row['per step']:11.2f}  "
+          f"{row['speed']:4.2f}x  {row['predicted']:8.2f}x  {implied:9.2f}")
 if my_cost_ratio is not None:
     print(f"You predicted c = {my_cost_ratio}, gamma = {my_gamma}, a speed-up of {my_speedup}.")
 
@@ -934,15 +949,17 @@ axes.legend()
 plots.show(figure, f"Speed-up against gamma, measured and predicted; {'; '.join(spoken)}.")
 
 # %% [markdown]
-# How near is the prediction? Three things stand between it and the clock. A pass over $\gamma + 1$ tokens is not quite
-# as cheap as one over a single token, least of all on a CPU, which has no idle arithmetic to spare. The drafter's
-# distributions have to be made and drawn from, which the target alone does once a token. And $c$ is far above the ratio
-# of the weights: for models this small, a pass is mostly the overhead of starting its operations, and that goes by the
-# number of layers.
+# How near is the prediction? Two things stand between it and the clock. A pass over $\gamma + 1$ tokens is not quite
+# as cheap as one over a single token, least of all on a CPU, which has no idle arithmetic to spare. And distributions
+# have to be made and drawn from, at $\gamma + 1$ places for every step. The last column shows both, if the machine was
+# quiet: read backwards, the clock asks for a larger $c$ than the drafter's passes take, most so at a small $\gamma$,
+# where what the target's pass costs more is charged to few drafts.
 #
-# So a drafter wants to be **shallow** rather than narrow, and a large target makes all of this easier. With our models on a
-# CPU, speculation is an even trade. A batch makes it worse, for then the target's pass is no longer bound by memory: the
-# arithmetic that drafts need is not free any more.
+# Compare $c$ itself with the ratio of the weights. In models this small a pass is mostly the overhead of starting its
+# operations, and that goes by the number of **layers**, two of eight. So a drafter wants to be shallow rather than
+# narrow, and a large target makes everything easier: its drafter's $c$ can be a few hundredths. For our pair on a CPU
+# speculation is nearly an even trade. A batch makes it worse, for then the target's pass is no longer bound by memory,
+# and the arithmetic that drafts need is not free any more.
 #
 # ## Stretch A: draft by n-gram lookup
 #
@@ -975,9 +992,10 @@ def lookup_draft(tokens: torch.Tensor, gamma: int, most: int) -> torch.Tensor:
     tokens: [length] int64, at least one token
     gamma: the most tokens to draft, at least 1
     most: the longest n-gram to look for, at least 1
-    The last n tokens are looked for at earlier places (which may overlap with the end), with the largest n from `most`
-    down to 1 that occurs. Of its occurrences the latest that at least gamma tokens follow decides; if there is none,
-    the latest. Returns the tokens that follow there, int64 [count] with count from 0 (nothing occurs) to gamma.
+    The last n tokens are looked for at earlier places (which may overlap with the end), with the largest n
+    from `most` down to 1 that occurs. Of its occurrences the latest that at least gamma tokens follow
+    decides; if there is none, the latest. Returns the tokens that follow there, int64 [count] with count
+    from 0 (nothing occurs) to gamma.
     """
     ### BEGIN SOLUTION
     words = tokens.tolist()
@@ -1007,13 +1025,15 @@ def lookup_steps(text, start, gamma, most):
         draft = lookup_draft(text[:at], gamma, most).tolist()
         right = [a == b for a, b in zip(draft, text[at:].tolist())]
         count = right.index(False) if False in right else len(right)
-        at, steps, accepted, tested = at + count + 1, steps + 1, accepted + count, tested + min(count + 1, len(draft))
+        at, steps = at + count + 1, steps + 1
+        accepted, tested = accepted + count, tested + min(count + 1, len(draft))
     return steps, accepted, tested
 
 
 written = [decoder_of(target, None, 0.0).generate([ids], 2 * GENERATE).sequences[0] for ids in prompts[:TEXTS]]
 for gamma, most in ((2, 3), (4, 3), (8, 3), (4, 1)):
-    steps, accepted, tested = (sum(x) for x in zip(*(lookup_steps(text, PROMPT, gamma, most) for text in written)))
+    each = [lookup_steps(text, PROMPT, gamma, most) for text in written]
+    steps, accepted, tested = (sum(counts) for counts in zip(*each))
     print(f"gamma {gamma}, n-grams up to {most}: {2 * GENERATE * TEXTS / steps:.2f} tokens a step, "
           f"{accepted} of {tested} tested drafts accepted")
 
@@ -1047,9 +1067,9 @@ def early_exit(
     logits: [layers, ..., vocabulary] float32, what the head says after each layer; "..." may be nothing
     threshold: of the confidence, the likeliest token's probability less the second's
     least: layers that every position passes, from 1 to layers
-    A position leaves after the first layer, the `least`-th or a later one, with a confidence of at least the
-    threshold; after the last layer in any case. Returns (tokens, exits), both int64 [...]: the likeliest token after
-    that layer, and how many layers were passed, from `least` to layers.
+    A position leaves after the first layer, the `least`-th or a later one, with a confidence of at least
+    the threshold; after the last layer in any case. Returns (tokens, exits), both int64 [...]: the
+    likeliest token after that layer, and how many layers were passed, from `least` to layers.
     """
     ### BEGIN SOLUTION
     top = logits.softmax(-1).topk(2).values
@@ -1146,16 +1166,17 @@ print(f"lowest threshold that keeps the rate below {DELTA:g} with probability {1
 class DraftTree:
     """Drafts that share beginnings.
 
-    parents: of each node the number of its parent, which is smaller than its own; -1 for node 0, the only root
-    tokens: of each node its token; node 0 is the newest token of the text, the others are drafts. The children of
-        one node have different tokens
+    parents: of each node the number of its parent, which is smaller than its own; -1 for node 0, the only
+        root
+    tokens: of each node its token; node 0 is the newest token of the text, the others are drafts. The
+        children of one node have different tokens
     """
 
     def __init__(self, parents: list[int], tokens: list[int]) -> None:
         self.parents, self.tokens = parents, tokens
 
     def mask(self) -> torch.Tensor:
-        """bool [nodes, nodes]: entry [a, b] says whether node a sees node b. It sees itself and its ancestors."""
+        """bool [nodes, nodes]: whether node a sees node b, at [a, b]: itself and its ancestors."""
         ### BEGIN SOLUTION
         seen = torch.zeros(len(self.parents), len(self.parents), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
@@ -1174,9 +1195,9 @@ class DraftTree:
     def accept(self, best: list[int]) -> tuple[list[int], int]:
         """The path that the target takes, and the token after it.
 
-        best: of each node, the token that the target puts after it. Returns the numbers of the accepted nodes from
-        the top down, without node 0 (an empty list where no child of node 0 fits), and the target's token after the
-        last of them (after node 0 where there is none).
+        best: of each node, the token that the target puts after it. Returns the numbers of the accepted
+        nodes from the top down, without node 0 (an empty list where no child of node 0 fits), and the
+        target's token after the last of them (after node 0 where there is none).
         """
         ### BEGIN SOLUTION
         path, node = [], 0
@@ -1235,7 +1256,8 @@ for branching in ((1, 1, 1), (2, 1, 1), (3, 2, 1)):
         text = ids
         while len(text) < PROMPT + TREE_NEW:
             new, drafted = tree_step(text, branching)
-            text, made, passes, nodes = torch.cat([text, text.new_tensor(new)]), made + len(new), passes + 1, drafted
+            text = torch.cat([text, text.new_tensor(new)])
+            made, passes, nodes = made + len(new), passes + 1, drafted
     print(f"{' x '.join(map(str, branching)):9} {nodes:3} drafts a step: {made / passes:.2f} tokens a step")
 
 # %% [markdown]
@@ -1256,8 +1278,8 @@ drafter.generation_config.assistant_confidence_threshold = 0.0
 
 
 def by_transformers(**more):
-    return [target.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=GENERATE, do_sample=False,
-                            pad_token_id=0, **more)[0].cpu() for ids in prompts[:TEXTS]]
+    return [target.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=GENERATE,
+                            do_sample=False, pad_token_id=0, **more)[0].cpu() for ids in prompts[:TEXTS]]
 
 
 def by_kit(small):
@@ -1273,13 +1295,15 @@ contestants = {
     "generate": by_transformers,
     "assisted": lambda: by_transformers(assistant_model=drafter),
 }
-texts, costs = {}, {}
-for name, work in contestants.items():
-    if device.kind == "cuda":
-        work()  # makes its graphs and buffers
-    spent, texts[name] = seconds_of(work)
+texts, times = {}, {name: [] for name in contestants}
+for _ in range(device.pick(fast=2, full=4)):  # in turns; the first makes graphs and buffers
+    for name, work in contestants.items():
+        spent, texts[name] = seconds_of(work)
+        times[name].append(spent / (GENERATE * TEXTS))
+costs = {}
+for name in contestants:
     same = sum(torch.equal(a, b) for a, b in zip(texts[name], texts["alone"]))
-    costs[name] = {"quality": f"{same} of {TEXTS}", "seconds": spent / (GENERATE * TEXTS)}
+    costs[name] = {"quality": f"{same} of {TEXTS}", "seconds": min(times[name])}
 receipt = Receipt("08", quality="texts equal to the target's", device=device,
                   title=f"A greedy token of course-base: {PROMPT} tokens in, {GENERATE} out, one text at a time")
 receipt.add("baseline", "the target alone, kit", **costs["alone"])

@@ -113,7 +113,7 @@ class AcceptDrafts(Reference):
         yield case("tested: all were kept", "kkk", wanted="tested", single=True)
         yield case("tested: the first was rejected", "rkkk", wanted="tested", single=True)
         yield case("tested: the last was rejected", "kkr", wanted="tested", single=True)
-        yield case("tested: a batch", *rng.shuffled(["kkkk", "krkk", "rrrr", "kkrk"]), wanted="tested")
+        yield case("tested: a batch", *rng.shuffled(["kkkk", "krkk", "kkrk"]), wanted="tested")
 
     def expected(self, inputs, variant):
         p, q, drafts, uniforms = (inputs[name] for name in ("p", "q", "drafts", "uniforms"))
@@ -170,12 +170,12 @@ class AcceptDrafts(Reference):
         Mistake(
             "kept after a rejection",
             "You count drafts behind a rejected one: they continue a text that was thrown away.",
-            edit("kept.long().cumprod(-1).sum(-1)", "kept.sum(-1)"),
+            edit("kept.cumprod(-1).sum(-1)", "kept.sum(-1)"),
         ),
         Mistake(
             "nothing rejected",
             "Where no draft is rejected all gamma are accepted: argmax over nothing but zeros is 0.",
-            edit("kept.long().cumprod(-1).sum(-1)", "(~kept).long().argmax(-1)"),
+            edit("kept.cumprod(-1).sum(-1)", "(~kept).long().argmax(-1)"),
         ),
         Mistake(
             "never tested",
@@ -1091,6 +1091,7 @@ class LookupDraft(Reference):
         yield case("not longer than most", "choice", [a, b, c, d, e, e, b, c, f, f, a, b, c], 2, 2)
         yield case("the latest of two", "choice", [a, b, c, d, a, b, e, f, a, b], 2, 2)
         yield case("the latest that gamma tokens follow", "choice", [a, b, c, d, e, a, b, a, b], 3, 2)
+        yield case("the latest that exactly gamma tokens follow", "choice", [b, c, d, b, e, b], 2, 1)
         yield case("one token again and again", "choice", [h, a, a, a, a, a], 3, 3)
         yield case("no occurrence has gamma followers", "choice", [b, a, c, a, a], 6, 1)
         few = [rng.int(0, 2) for _ in range(rng.int(18, 24))]
