@@ -93,8 +93,6 @@ class AcceptDrafts(Reference):
         yield case("the first draft rejected", "rrr", single=True)
         yield case("kept, rejected, then two that would be kept", "krkk", single=True)
         yield case("some likelier under the target", "KkKr", single=True)
-        yield case("one draft, kept", "k", single=True)
-        yield case("one draft, rejected", "r", single=True)
         yield case("a batch", *rng.shuffled(["kkk", "krk", "rkk", "kkr"]))
         yield case("a batch of one draft each", *rng.shuffled(["k", "r", "K"]))
         yield case("probability 0 under the target, and a uniform of exactly 0", "kZk", single=True)
@@ -352,16 +350,13 @@ class SamplingDistribution(Reference):
             raise NoSuchCase(name)
 
         yield case("T = 1, nothing cut", "temperature", 3)
-        yield case("T = 0.5", "temperature", 2, temperature=0.5)
         yield case("T = 1.7, sequences", "temperature", 2, 3, temperature=1.7)
         yield case("one distribution", "temperature", temperature=0.8)
-        yield case("greedy", "temperature", temperature=0.0)
         yield case("greedy, sequences", "temperature", 2, 3, temperature=0.0)
         yield case("large logits", "temperature", 3, scale=300.0, temperature=1.3)
-        yield case("half precision", "temperature", 2, 3, dtype=torch.float16, temperature=0.7)
-        yield case("bfloat16", "temperature", 2, dtype=torch.bfloat16, temperature=1.5, scale=1.0)
-        yield case("top-k 3", "top-k", 2, top_k=3)
-        yield case("top-k 1", "top-k", 3, top_k=1)
+        half = rng.choice([torch.float16, torch.bfloat16])
+        yield case("half precision", "temperature", 2, 3, dtype=half, temperature=0.7)
+        yield case("top-k 1", "top-k", 2, top_k=1)
         yield case("top-k 4, sequences, T = 2", "top-k", 2, 2, top_k=4, temperature=2.0)
         yield case("top-k of the whole vocabulary", "top-k", 2, top_k=9)
         yield case("top-k beyond the vocabulary", "top-k", 2, top_k=rng.int(10, 50))
@@ -369,7 +364,6 @@ class SamplingDistribution(Reference):
         order = tied.inputs["logits"].argsort(descending=True)
         tied.inputs["logits"][order[4]] = tied.inputs["logits"][order[3]].item()
         yield tied
-        yield case("top-p 0.9", "top-p", 3, top_p=0.9)
         yield case("top-p 0.5, sequences", "top-p", 2, 3, top_p=0.5)
         yield case("top-p that one token reaches", "top-p", 2, top_p=0.05)
         yield case("top-p of one distribution", "top-p", top_p=0.8)
@@ -399,14 +393,6 @@ class SamplingDistribution(Reference):
             "no temperature",
             "The temperature does nothing: divide the logits by it before all else.",
             edit("    logits = logits / temperature\n", ""),
-        ),
-        Mistake(
-            "temperature on probabilities",
-            "You divide probabilities by the temperature, and normalizing undoes that: divide the logits.",
-            (
-                edit("    logits = logits / temperature\n", ""),
-                edit("logits.softmax(-1).sort", "(logits.softmax(-1) / temperature).sort"),
-            ),
         ),
         Mistake(
             "no greedy",
@@ -461,11 +447,6 @@ class SamplingDistribution(Reference):
             edit("before >= top_p", "before + p >= top_p"),
         ),
         Mistake(
-            "one more than needed",
-            "You keep one token more than top_p needs: cut every token before which the others reach it already.",
-            edit("before >= top_p", "before - p.roll(1, -1) * (torch.arange(p.shape[-1]) > 0) >= top_p"),
-        ),
-        Mistake(
             "the unlikely ones",
             "You sort upwards, and keep the unlikely tokens: top-p keeps the likeliest.",
             edit("sort(descending=True)", "sort()"),
@@ -474,11 +455,6 @@ class SamplingDistribution(Reference):
             "left sorted",
             "Your probabilities are in the order of sorting: bring each back to its token.",
             edit("    p = torch.zeros_like(p).scatter(-1, order, p)\n", ""),
-        ),
-        Mistake(
-            "gather for scatter",
-            "You gather by the order of sorting once more: to bring numbers back to where they came from, scatter.",
-            edit("torch.zeros_like(p).scatter(-1, order, p)", "p.gather(-1, order)"),
         ),
         Mistake(
             "not normalized",
@@ -531,15 +507,12 @@ class SpeculativeStep(Reference):
 
         yield case("three drafts, all kept", "accepted", "kkk")
         yield case("one draft, kept", "accepted", "k")
-        yield case("five drafts, all kept", "accepted", "kkkkk", length=1)
-        yield case("two drafts, both rejected", "rejected", "rr")
         yield case("the first of four rejected", "rejected", "rkkk")
         yield case("rejected in the middle", "rejected", "kkrk")
         yield case("the last one rejected", "rejected", "kkr", length=1)
         yield case("one draft, rejected", "rejected", "r", length=rng.int(2, 6))
         yield case("T = 0.4", "sampling", "kkr", settings=(0.4, 0, 1.0), telling=True)
         yield case("T = 2, top-k 4, top-p 0.9", "sampling", "krk", settings=(2.0, 4, 0.9), telling=True)
-        yield case("top-k 4", "sampling", "kkk", settings=(1.0, 4, 1.0))
         yield case("top-p 0.8", "sampling", "krk", settings=(1.0, 0, 0.8))
         yield case("greedy, all agreed", "sampling", "kkk", settings=(0.0, 0, 1.0))
         yield case("greedy, the second differs", "sampling", "krkk", settings=(0.0, 0, 1.0))
@@ -788,14 +761,12 @@ class RollBack(Reference):
 
         yield case("one of four accepted", "one row", [1], 4)
         yield case("none accepted", "one row", [0], 3, before=rng.int(2, 5))
-        yield case("all accepted", "one row", [3], 3)
         yield case("one draft, rejected", "one row", [0], 1, layers=3)
         yield case("nothing before the newest token", "one row", [2], 3, before=0)
         yield case("rows accept differently", "ragged", rng.shuffled([0, 2, 3]), 4)
         yield case("one row accepts all", "ragged", [4, *rng.shuffled([0, 1])], 4)
         yield case("one draft each", "ragged", rng.shuffled([0, 1]), 1, layers=1)
         yield case("holes from earlier steps", "ragged", rng.shuffled([0, 1, 2]), 3, before=6, holes=True)
-        yield case("holes, and all accept the same", "ragged", [1, 1], 2, before=7, holes=True)
         yield case("nobody accepts", "ragged", [0, 0, 0], 2, before=5, holes=True)
 
     def expected(self, inputs, variant):
