@@ -1018,7 +1018,8 @@ print(f"median time to first token: {1e3 * times[False]:.1f} ms without a prefix
 #
 # <details><summary>Hint 1</summary>
 #
-# `_grow` is the heart: "pages for all tokens, or nothing". Admission and running both ask it.
+# `_grow` is the heart: "pages for all tokens, or nothing". Admission and running both ask it. The order matters: a
+# newcomer admitted first would be preempted at once by those that grow, and its prompt be read for nothing.
 # </details>
 # <details><summary>Hint 2</summary>
 #
@@ -1040,11 +1041,12 @@ class Scheduler:
     """Says which requests run in each step, over `pages` pages, at most `max_batch` at once.
 
     free_pages: pages that nobody holds. running: requests in order of arrival. waiting: the queue.
+    preemptions: how often a request was preempted so far.
     """
 
     def __init__(self, pages: int, page_size: int, max_batch: int) -> None:
         self.total, self.page_size, self.max_batch = pages, page_size, max_batch
-        self.free_pages = pages
+        self.free_pages, self.preemptions = pages, 0
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -1105,11 +1107,12 @@ class Scheduler:
         ### END SOLUTION
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request out, and put it at the front of the queue."""
+        """Take a running request out, put it at the front of the queue, and count it."""
         ### BEGIN SOLUTION
         self._give_back(request)
         self.running.remove(request)
         self.waiting.appendleft(request)
+        self.preemptions += 1
         ### END SOLUTION
 
 
@@ -1131,19 +1134,18 @@ while scheduler.running or scheduler.waiting:
     step += 1
 figure, axes = plots.figure("Who runs when", "step", "request",
                             caption="A gap in a bar: preempted, and read again later.")
-preemptions = 0
 for row, name in enumerate(jobs):
     starts = [at for at in ran[name] if at - 1 not in ran[name]]
     ends = [at for at in ran[name] if at + 1 not in ran[name]]
-    preemptions += len(starts) - 1
     for first, last in zip(starts, ends):
         axes.barh(row, last - first + 1, left=first, height=0.75, color=plots.COLOURS["blue"])
 axes.set_yticks(range(len(jobs)), list(jobs))
 axes.set_ylim(len(jobs) - 0.5, -0.5)
 rows = list(jobs.values())
 static = sum(max(new for _, new in rows[i : i + 6]) for i in range(0, len(rows), 6))
-plots.show(figure, f"Bars of the steps in which each of 12 requests ran: {step} steps, {preemptions} preemptions.")
-print(f"{step} steps, {preemptions} preemptions; pages in use, on average: {sum(full) / len(full):.0%}")
+plots.show(figure, f"Bars of the steps in which each of 12 requests ran: {step} steps, "
+                   f"{scheduler.preemptions} preemptions.")
+print(f"{step} steps, {scheduler.preemptions} preemptions; pages in use, on average: {sum(full) / len(full):.0%}")
 print(f"fixed batches of 6 that run until the last is done: {static} steps, if all their pages fit at once")
 
 # %% [markdown]

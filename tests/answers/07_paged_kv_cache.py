@@ -294,6 +294,7 @@ class PrefixCache:
 class Scheduler:
     def __init__(self, pages, page_size, max_batch):
         self.pages, self.page_size, self.max_batch = pages, page_size, max_batch
+        self.preemptions = 0
         self.everybody = []  # in order of arrival: [name, tokens, left, held]
 
     @property
@@ -319,6 +320,7 @@ class Scheduler:
                 kept.append(running.pop(0))
             else:
                 running.pop()[3] = 0
+                self.preemptions += 1
         for one in self.everybody:
             if one in kept:
                 continue
@@ -336,7 +338,7 @@ class Scheduler:
     def __init__(self, pages, page_size, max_batch):
         self.all_pages = self.free_pages = pages
         self.page_size, self.max_batch = page_size, max_batch
-        self.queue, self.active, self.sizes = [], [], {}
+        self.queue, self.active, self.sizes, self.preemptions = [], [], {}, 0
 
     def pages_of(self, tokens):
         return (tokens + self.page_size - 1) // self.page_size
@@ -355,6 +357,7 @@ class Scheduler:
             held[name] = self.pages_of(self.sizes[name][0])
             while name in self.active and sum(held[other] for other in self.active) > self.all_pages:
                 self.queue.insert(0, self.active.pop())
+                self.preemptions += 1
         used = sum(held[name] for name in self.active)
         while self.queue and len(self.active) < self.max_batch:
             more = self.pages_of(self.sizes[self.queue[0]][0])

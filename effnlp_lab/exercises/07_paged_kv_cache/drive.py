@@ -97,14 +97,16 @@ def PagedSequence(answer, order, script, k, v, page_size):
 
     ["new", name]; ["append", name, count]: the next `count` rows of k and v, which are used up even where it is
     refused; ["free", name]; ["fork", name, child]. A line for each step: what was raised, how many pages are free, how
-    many numbers have changed in pages that nobody holds, and of every sequence length, pages, and what it holds.
+    many numbers have changed in pages that nobody holds, of every sequence its length and number of pages, and what all
+    of them hold, one after the other: keys and values [2, tokens, kv_heads, dim].
     """
     shape = (len(order), k.shape[1], page_size, k.shape[2])
-    pages = tuple(torch.full(shape, 7.5 - 2 * i, dtype=k.dtype, device=k.device) for i in (0, 1))
+    both = torch.stack([torch.full(shape, 7.5 - 2 * i, dtype=k.dtype, device=k.device) for i in (0, 1)])
+    pages = tuple(both)
     manager = Pool(order, known_refusal(answer))
     sequences, trace, used = {}, [], 0
     for what, name, *rest in script:
-        before = [x.clone() for x in pages]
+        before = both.clone()
         if what == "new":
             line = attempt(lambda name=name: sequences.update({name: answer(manager, *pages)}))
         elif what == "append":
@@ -117,8 +119,9 @@ def PagedSequence(answer, order, script, k, v, page_size):
             line = attempt(lambda name=name, rest=rest: sequences.update({rest[0]: sequences[name].fork()}))
         free = sorted(manager.free)
         line["free"] = len(free)
-        line["stray"] = sum(int((now[free] != then[free]).sum()) for now, then in zip(pages, before, strict=True))
-        line["sequences"] = {name: contents(one, pages) for name, one in sequences.items()}
+        line["stray"] = int((both[:, free] != before[:, free]).sum())
+        line["sizes"] = {one: [int(x.length), len(x.pages)] for one, x in sequences.items()}
+        line["held"] = contents(sequences.values(), both)
         trace.append(line)
     return trace
 
@@ -135,15 +138,17 @@ def known_refusal(answer) -> type[Exception]:
     return OutOfPages
 
 
-def contents(sequence, pages: tuple[Tensor, Tensor]) -> dict:
-    """Length, number of pages, and keys and values [length, kv_heads, dim] as the block table finds them."""
-    table, length, size = [int(page) for page in sequence.pages], int(sequence.length), pages[0].shape[2]
-    if len(table) * size < length or any(not 0 <= page < len(pages[0]) for page in table):
-        raise RuntimeError(f"a sequence of {length} tokens has the block table {table}, with pages of {size} tokens")
-    places = [(table[t // size], t % size) for t in range(length)]
-    found = [torch.stack([x[page, :, place] for page, place in places]) if places else x[0, :, :0].transpose(0, 1)
-             for x in pages]  # fmt: skip
-    return {"length": length, "pages": len(table), "k": found[0].clone(), "v": found[1].clone()}
+def contents(sequences, both: Tensor) -> Tensor:
+    """Keys and values [2, tokens, kv_heads, dim] of all sequences, as their block tables find them."""
+    size, rows, places = both.shape[3], [], []
+    for one in sequences:
+        table, length = [int(page) for page in one.pages], int(one.length)
+        if not 0 <= length <= len(table) * size or any(not 0 <= page < both.shape[1] for page in table):
+            raise RuntimeError(f"a sequence of {length} tokens has the block table {table} of pages of {size} tokens")
+        rows += [table[t // size] for t in range(length)]
+        places += [t % size for t in range(length)]
+    at = torch.tensor([rows, places], dtype=torch.long, device=both.device)
+    return both.transpose(2, 3)[:, at[0], at[1]]
 
 
 class Sizes(TorchDispatchMode):
@@ -183,14 +188,15 @@ def PrefixCache(answer, page_size, script):
 
 
 def Scheduler(answer, pages, page_size, max_batch, script):
-    """Run a script: ["submit", name, prompt, new]; ["step"]. A line for each: who ran, and how many pages are free."""
+    """Run a script: ["submit", name, prompt, new]; ["step"]. A line for each: who ran, how many pages are free, and
+    how many preemptions there were so far."""
     scheduler, trace = answer(pages, page_size, max_batch), []
     for what, *arguments in script:
         if what == "submit":
             line = attempt(lambda arguments=arguments: no_more(scheduler.submit(*arguments)))
         else:
             line = attempt(lambda: {"ran": [str(name) for name in scheduler.step()]})
-        trace.append({**line, "free": int(scheduler.free_pages)})
+        trace.append({**line, "free": int(scheduler.free_pages), "preemptions": int(scheduler.preemptions)})
     return trace
 
 

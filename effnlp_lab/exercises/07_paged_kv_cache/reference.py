@@ -379,6 +379,7 @@ class SequenceReference(Reference):
 
     def expected(self, inputs, variant):
         shelf, trace, used = Shelf(len(inputs["order"]), inputs["page_size"]), [], 0
+        both = torch.stack([inputs["k"], inputs["v"]])
         for what, name, *rest in inputs["script"]:
             raised = ""
             if what in ("new", "free"):
@@ -388,12 +389,9 @@ class SequenceReference(Reference):
             else:
                 raised = "" if shelf.append(name, list(range(used, used + rest[0]))) else "OutOfPages"
                 used += rest[0]
-            sequences = {
-                one: {"length": len(rows), "pages": len(shelf.tables[one]), "k": inputs["k"][rows],
-                      "v": inputs["v"][rows]}
-                for one, rows in shelf.rows.items()
-            }  # fmt: skip
-            trace.append({"raised": raised, "free": shelf.free, "stray": 0, "sequences": sequences})
+            sizes = {one: [len(rows), len(shelf.tables[one])] for one, rows in shelf.rows.items()}
+            held = both[:, [row for rows in shelf.rows.values() for row in rows]]
+            trace.append({"raised": raised, "free": shelf.free, "stray": 0, "sizes": sizes, "held": held})
         return trace
 
     def verify(self, inputs, outputs, expected, variant):
@@ -409,17 +407,19 @@ class SequenceReference(Reference):
 
     @staticmethod
     def _contents(step: list, where: str, got: Mapping[str, Any], want: Mapping[str, Any]) -> Finding | None:
-        for name, right in want["sequences"].items():
-            mine = got["sequences"][name]
-            for what, words in (("length", "length"), ("pages", "number of pages")):
-                found = compare(mine[what], right[what], path=f"after {where}: the {words} of {name}")
+        for name, right in want["sizes"].items():
+            for what, mine, wanted in zip(("length", "number of pages"), got["sizes"][name], right, strict=True):
+                found = compare(mine, wanted, path=f"after {where}: the {what} of {name}")
                 if found:
                     return found
-            for what in ("k", "v"):
-                if not torch.equal(mine[what].cpu(), right[what].cpu()):
+        off = got["held"].cpu() != want["held"].cpu()
+        first = 0
+        for name, (length, _) in want["sizes"].items():
+            for what, wrong in zip(("key", "value"), off[:, first : first + length].flatten(2).any(2), strict=True):
+                if wrong.any():
                     whose = "has changed" if name not in step[1:] else "is not what was appended"
-                    at = (mine[what].cpu() != right[what].cpu()).flatten(1).any(1).nonzero()[0].item()
-                    return Finding(f"after {where}: {'key' if what == 'k' else 'value'} {at} of {name} {whose}")
+                    return Finding(f"after {where}: {what} {wrong.nonzero()[0].item()} of {name} {whose}")
+            first += length
         return None
 
 
@@ -452,7 +452,7 @@ class PagedSequenceReference(SequenceReference):
         yield case("two sequences, and no room for one of them", "refusals", 4, 4, ["new", "b"], ["append", "a", 9],
                    ["append", "b", 7], ["append", "b", 4], ["append", "a", 3], ["append", "a", 1], ["free", "b"],
                    ["append", "a", 4])  # fmt: skip
-        yield self._case(rng, "random steps", "refusals", 7, 3, self._random(rng, 7, 3, 24, forks=False))
+        yield self._case(rng, "random steps", "refusals", 7, 3, self._random(rng, 7, 3, 16, forks=False))
 
     mistakes = (
         Mistake("k + 1 pages", ONE_PAGE_MORE, edit("-(-end // self.page_size)", "(end // self.page_size + 1)")),
@@ -540,8 +540,8 @@ class SharedSequenceReference(SequenceReference):
         yield case("after whole pages, and none is left", "refusals", 3, size, ["append", "a", 2 * size],
                    ["fork", "a", "b"], ["append", "b", size + 1], ["append", "b", size],
                    ["append", "a", 1])  # fmt: skip
-        yield self._case(rng, "random steps", "copy on write", 14, 3, self._random(rng, 14, 3, 26, forks=True))
-        yield self._case(rng, "random steps with few pages", "refusals", 6, 3, self._random(rng, 6, 3, 26, forks=True))
+        yield self._case(rng, "random steps", "copy on write", 14, 3, self._random(rng, 14, 3, 18, forks=True))
+        yield self._case(rng, "random steps with few pages", "refusals", 6, 3, self._random(rng, 6, 3, 18, forks=True))
 
     mistakes = (
         Mistake(
@@ -613,13 +613,15 @@ class PagedAttention(Reference):
 
     def cases(self, rng: Rng, variant: Variant) -> Iterator[Case]:
         def case(name, part, length, page_size=4, heads=2, kv_heads=2, dim=8, scale=1.0, dtype=torch.float32,
-                 spare=3, left_over=math.nan, offset=0.0, rising=0.0, allowed=None):  # fmt: skip
+                 spare=3, left_over=math.nan, offset=0.0, rising=0.0, sunk=0.0, allowed=None):  # fmt: skip
             used = up(length, page_size)
             shape = used + spare, kv_heads, page_size, dim
             k_pages, v_pages = (torch.full(shape, left_over, dtype=dtype) for _ in range(2))
             table = torch.tensor(rng.shuffled(range(used + spare))[:used] + [-1, used + spare])  # says nothing there
             q = rng.randn(heads, dim, dtype=dtype, scale=scale) + offset
             k = rng.randn(length, kv_heads, dim, dtype=dtype, scale=scale) + offset
+            q[:, 0] += sunk
+            k[..., 0] -= sunk
             k = k + rising * torch.arange(length, dtype=dtype)[:, None, None] * q[:kv_heads] / q[:kv_heads].norm()
             v = rng.randn(length, kv_heads, dim, dtype=dtype)
             for t in range(length):
@@ -633,6 +635,7 @@ class PagedAttention(Reference):
         yield case("one key", "attention", 1, page_size=1)
         yield case("large scores", "attention", 24, scale=16.0)
         yield case("keys that match better and better", "attention", 32, page_size=8, rising=0.3)
+        yield case("scores far below 0", "attention", 12, sunk=35.0)
         yield case("half precision", "attention", 40, page_size=8, dim=16, offset=3.9, dtype=torch.float16)
         yield case("old numbers behind the end", "ragged", 8 + rng.int(1, 5), page_size=8, left_over=1.5)
         yield case("anything behind the end", "ragged", 4 * rng.int(1, 4) + rng.int(1, 3))
@@ -641,7 +644,7 @@ class PagedAttention(Reference):
         yield case("8 query heads on 2", "heads", rng.int(9, 15), heads=8, kv_heads=2)
         yield case("6 query heads on 3", "heads", rng.int(9, 15), heads=6, kv_heads=3)
         yield case("6 query heads on 1", "heads", rng.int(5, 9), heads=6, kv_heads=1)
-        yield case("a long cache", "memory", 193, heads=4, kv_heads=2, dim=16, spare=9, allowed=4 * 4 * 4 * 16)
+        yield case("a long cache", "memory", 101, heads=4, kv_heads=2, dim=16, spare=9, allowed=4 * 4 * 4 * 16)
 
     def expected(self, inputs, variant):
         q, length, size = inputs["q"].double(), inputs["length"], inputs["k_pages"].shape[2]
@@ -738,6 +741,12 @@ class PagedAttention(Reference):
             "without the maximum",
             "You take e^s without the maximum: from a score of 89 on it overflows float32, and from -104 down it is 0.",
             (edit("higher = torch.maximum(peak, scores.amax(-1, keepdim=True))", "higher = torch.zeros_like(peak)"),),
+        ),
+        Mistake(
+            "maximum from 0",
+            "Your running maximum starts at 0, and never falls below it: where all scores lie below -104, every "
+            "e^(s - 0) is 0. Start at -inf.",
+            edit("1), -math.inf,", "1), 0.0,"),
         ),
         Mistake(
             "in half precision",
@@ -943,6 +952,8 @@ class SchedulerReference(Reference):
                    ["submit", "b", size, 3], steps(9))  # fmt: skip
         yield case("two at once", "preempt", 4, 4, ["submit", "a", size, 2 * size], ["submit", "b", size, size],
                    ["submit", "c", size, 2], ["submit", "d", size, 2], steps(5 * size + 8))  # fmt: skip
+        yield case("the newcomer waits for those that grow", "preempt", 3, 4, ["submit", "a", size, 3], ["step"],
+                   ["submit", "b", 2 * size, 1], steps(5))  # fmt: skip
         yield case("what came out stays", "preempt", 3, 2, ["submit", "a", size, 2 * size],
                    ["submit", "b", 2, 2 * size], steps(5 * size))  # fmt: skip
         yield case("random requests", "preempt", 7, 3, self._random(rng, 7 * size))
@@ -961,7 +972,7 @@ class SchedulerReference(Reference):
         """Requests as [name, tokens, left, pages] in one list, in order of arrival; those with pages run."""
         pages, size = inputs["pages"], inputs["page_size"]
         queue: list[list] = []
-        trace = []
+        trace, preemptions = [], 0
         for what, *arguments in inputs["script"]:
             line: dict[str, Any] = {"raised": ""}
             if what == "submit":
@@ -971,19 +982,22 @@ class SchedulerReference(Reference):
                 else:
                     queue.append([name, prompt, new, 0])
             else:
-                self._make_room(queue, pages, size)
+                preemptions += self._make_room(queue, pages, size)
                 self._admit(queue, pages, size, inputs["max_batch"])
                 line["ran"] = [one[0] for one in queue if one[3]]
                 for one in queue:
                     if one[3]:
                         one[1], one[2] = one[1] + 1, one[2] - 1
                 queue[:] = [one for one in queue if one[2]]
-            trace.append({**line, "free": pages - sum(one[3] for one in queue)})
+            trace.append({**line, "free": pages - sum(one[3] for one in queue), "preemptions": preemptions})
         return trace
 
     @staticmethod
-    def _make_room(queue: list[list], pages: int, size: int) -> None:
-        """Each of those that run, in order of arrival, gets its next page; the latest give theirs back for it."""
+    def _make_room(queue: list[list], pages: int, size: int) -> int:
+        """Each of those that run, in order of arrival, gets its next page; the latest give theirs back for it.
+
+        Returns how many gave theirs back.
+        """
         running = [one for one in queue if one[3]]
         for one in running:
             while one[3] and up(one[1], size) > one[3]:
@@ -991,6 +1005,7 @@ class SchedulerReference(Reference):
                     one[3] += 1
                 else:
                     max((other for other in running if other[3]), key=running.index)[3] = 0
+        return sum(not one[3] for one in running)
 
     @staticmethod
     def _admit(queue: list[list], pages: int, size: int, max_batch: int) -> None:
@@ -1009,6 +1024,7 @@ class SchedulerReference(Reference):
             if found is None and "ran" in want:
                 found = compare(got["ran"], want["ran"], path=f"{where}: what ran")
             found = found or compare(got["free"], want["free"], path=f"after {where}: the number of free pages")
+            found = found or compare(got["preemptions"], want["preemptions"], path=f"after {where}: preemptions")
             if found:
                 return found
         return None
@@ -1049,6 +1065,16 @@ class SchedulerReference(Reference):
             "one request a step",
             "You admit one request a step: admit as long as the next one fits.",
             edit("        while self.waiting and", "        if self.waiting and"),
+        ),
+        Mistake(
+            "admitted before the others grow",
+            "You admit before those that run have their pages: then they preempt what has just come.",
+            (edit("        for request in list(self.running):\n            while request in self.running and not "
+                  "self._grow(request):\n                self._preempt(self.running[-1])\n", ""),
+             edit("            self.running.append(self.waiting.popleft())\n",
+                  "            self.running.append(self.waiting.popleft())\n"
+                  "        for request in list(self.running):\n            while request in self.running and not "
+                  "self._grow(request):\n                self._preempt(self.running[-1])\n")),
         ),
         Mistake("k + 1 pages", ONE_PAGE_MORE, edit("-(-request.tokens // self.page_size)",
                                                    "(request.tokens // self.page_size + 1)")),
