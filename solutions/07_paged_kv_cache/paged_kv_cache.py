@@ -28,11 +28,11 @@
 # inputs, long random sequences of steps among them, and compares what it finds with a model that keeps other books. It
 # says what went wrong, by name where it recognises the slip. Run it as often as you like.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a line of the given code or
-# of PyTorch's documentation, and to change the plots. Please write the five core blanks yourself: they are 3 to 20
-# lines each, and what goes wrong in them (a page freed too early, a table shared by two) shows much later and
-# somewhere else, which is exactly what one has to learn to see. `transformers`, vLLM, flash-attn and this kit's own
-# paged cache are refused inside your answers; the demos compare with them.
+# {assistants} The five core blanks are 3 to 20 lines each, and what goes wrong in them (a page freed too early, a table
+# shared by two) shows much later and somewhere else, which is exactly what one has to learn to see.
+#
+# **Libraries.** `transformers`, vLLM, flash-attn and this kit's own paged cache are refused inside your answers; the demos
+# compare with them.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -146,14 +146,14 @@ for name, shape in shapes.items():
 # How many fit at once if each reserves 2,048 tokens? How many if they get pages of 16? Write two numbers down; the
 # first one you can compute.
 
-# %% tags=["demo"]
-from effnlp_lab import paged
-from effnlp_lab.notebook import plots
-
+# %% predict="requests_that_fit"
 my_requests_with_reservations = None  # your number
 my_requests_with_pages = None  # your guess
 
 # %% tags=["demo"] needs=["cache_bytes"]
+from effnlp_lab import paged
+from effnlp_lab.notebook import plots
+
 generator = torch.Generator().manual_seed(7)
 spread = torch.randn(400, generator=generator)
 lengths = (300 * (0.8 * spread).exp()).long().clamp(8, 2048).tolist()
@@ -741,7 +741,7 @@ print(f"pages in use in each layer: {PAGES - manager.free_pages}; without sharin
 # tokens per second of padded `generate` does the engine reach with the largest batch? The kernels' part in it is small on
 # a CPU: think of the padding.
 
-# %% tags=["demo"]
+# %% predict="times_padded"
 my_times_faster_than_padded = None  # your guess
 
 # %% tags=["demo"] needs=["cache_bytes", "BlockManager", "PagedSequence", "SharedSequence", "paged_attention"]
@@ -1391,6 +1391,26 @@ print(f"saved as {receipt.save().name}")
 # %% [markdown]
 # The contiguous cache of the library's row takes least memory only because the lengths are known here and nothing grows.
 #
+# ## In your own words
+#
+# You run a chat service. A colleague proposes pages of 256 tokens in place of 16, "because large pages are simpler and faster
+# to read". What would you win, what would you lose, and what would you measure before deciding? Use what you saw in this lab.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="page_size"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: on average half a page of each sequence holds nothing, so the waste grows with the page; how much that is depends
+#   on how long the requests are.
+# - 0.3: fewer requests fit at once, so the batch and with it the tokens per second fall; prefixes are shared by whole pages
+#   only, and copying a shared page costs more.
+# - 0.2: what is won: shorter block tables, fewer addresses to look up, longer contiguous reads; the bytes of keys and values
+#   that attention reads are the same.
+# - 0.2: a measurement that decides: the lengths of real requests, tokens per second at the service's load, time between
+#   tokens.
+
+# %% [markdown]
 # ## What you have learned
 #
 # - A token's cache is $2 L H_{kv} d b$ bytes. Reserving for the longest possible text leaves most of it empty; pages leave

@@ -27,10 +27,11 @@
 # check is not: wherever a random number is needed, it is an input (a **uniform**, a number in $[0, 1)$), so that there
 # is exactly one right output.
 #
-# **Coding assistants.** You may ask an assistant to explain a concept, an error message, a line of the given code or of
-# PyTorch's documentation, and to change the plots. Please write the six core blanks yourself: they are 3 to 20 lines
-# each, and the slips in them produce fluent text with a slightly wrong distribution, which no reader will ever notice.
-# `transformers` and this kit's own speculative decoding are refused inside your answers; the demos compare with them.
+# {assistants} The six core blanks are 3 to 20 lines each, and the slips in them produce fluent text with a slightly wrong
+# distribution, which no reader will ever notice.
+#
+# **Libraries.** `transformers` and this kit's own speculative decoding are refused inside your answers; the demos compare
+# with them.
 
 # %% tags=["parameters"]
 DEVICE = "auto"
@@ -375,7 +376,7 @@ check("sampling_distribution", sampling_distribution)
 # **Predict first.** (a) Our drafter is seven times smaller than the target. At temperature 1, what share of its drafts
 # will be accepted? (b) Is the rate highest at temperature 0, at 1, or far above? Write both down.
 
-# %% tags=["demo"]
+# %% predict="acceptance"
 my_acceptance_at_1 = None  # your guess, a share between 0 and 1
 my_best_temperature = None  # your guess: 0, 1 or 4, say
 
@@ -882,7 +883,7 @@ for name, T, gamma, alpha, speed in LECTURE:
 # will $c$ be? (b) With your acceptance rates from above, which $\gamma$ is best, and how large is the speed-up? Your
 # `SpeedModel` will tell you, given $c$.
 
-# %% tags=["demo"]
+# %% predict="cost_ratio"
 my_cost_ratio = None  # your guess
 my_gamma, my_speedup = None, None  # your guesses
 
@@ -1318,6 +1319,26 @@ receipt.add("limit", "weights read once a pass", bytes_moved=bytes_a_token,
             seconds=bytes_a_token / ceilings(device).copy_bytes_per_second, note="at the rate of a large copy")
 receipt.show()
 print(f"saved as {receipt.save().name}")
+
+# %% [markdown]
+# ## In your own words
+#
+# A friend serves a large model to many users at once, in batches of 64, and wants to add a drafter that is a tenth of its
+# size, "because speculative decoding is free: the output is the same". What would you answer? Say what stays the same, what
+# it costs, and when it pays, with what you measured.
+#
+# Write 60 to 120 words. A person reads and grades them.
+
+# %% [markdown] written="when_it_pays"
+# **Rubric, for whoever grades** (shares of the points; another answer as good earns them too)
+#
+# - 0.3: what stays the same is the distribution (at temperature 0 the text), whatever the drafter does; rejected drafts are
+#   work thrown away.
+# - 0.3: the gain hangs on the acceptance rate and the cost ratio, $E / (\gamma c + 1)$, and both have to be measured on the
+#   texts and at the temperature that are served.
+# - 0.2: one sequence at a time a pass is bound by reading weights, so more tokens in it are nearly free; in a batch of 64 it
+#   is bound by arithmetic, and they are not.
+# - 0.2: what the formula leaves out: the drafter's memory and cache, rows of a batch that accept different numbers, sampling.
 
 # %% [markdown]
 # ## What you have learned

@@ -1,6 +1,6 @@
 """Lab 07: the cache's size, pages with reference counts, block tables, copy on write, attention over pages."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.paged", "transformers", "vllm", "flash_attn")
 FUSED = (
@@ -142,4 +142,11 @@ LAB = Lab(
             forbidden=(*LIBRARIES, *FUSED),
         ),
     ),
+    predictions=(
+        Prediction("requests_that_fit", (
+            Guess("my_requests_with_reservations", 64, 64), Guess("my_requests_with_pages", 300, 380),
+        ), reach=2.5),
+        Prediction("times_padded", (Guess("my_times_faster_than_padded", 1.2, 2.5, full=(2.0, 6.0)),), reach=3.0),
+    ),
+    written=(Written("page_size"),),
 )

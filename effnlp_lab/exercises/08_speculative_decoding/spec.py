@@ -1,6 +1,6 @@
 """Lab 08: accept or reject, the adjusted distribution, a whole step, rolling the cache back, what it gives."""
 
-from effnlp_lab.exercises.spec import Exercise, Lab
+from effnlp_lab.exercises.spec import Exercise, Guess, Lab, Prediction, Written
 
 LIBRARIES = ("effnlp_lab.speculative", "transformers")
 
@@ -145,4 +145,9 @@ LAB = Lab(
             forbidden=LIBRARIES,
         ),
     ),
+    predictions=(
+        Prediction("acceptance", (Guess("my_acceptance_at_1", 0.54, 0.62),), reach=0.3, scale="difference"),
+        Prediction("cost_ratio", (Guess("my_cost_ratio", 0.18, 0.35),), reach=3.0),
+    ),
+    written=(Written("when_it_pays"),),
 )
