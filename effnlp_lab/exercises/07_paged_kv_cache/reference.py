@@ -44,7 +44,7 @@ class CacheBytes(Reference):
             heads = rng.choice([4, 8, 32])
             model = {
                 "layers": rng.int(3, 40), "heads": heads, "kv_heads": heads // rng.choice([2, 4]),
-                "head_dim": rng.choice([48, 64, 128]), "itemsize": rng.choice([1, 4]), "max_length": rng.int(300, 900),
+                "head_dim": rng.choice([48, 64, 128]), "itemsize": rng.choice([2, 4]), "max_length": rng.int(300, 900),
             }  # fmt: skip
             return Case(name, {"model": {**model, **changes}, "lengths": lengths, "page_size": page_size}, part)
 
