@@ -1301,7 +1301,8 @@ for name, kind in kinds.items():
     after[name] = values[STEP:].mean().item()
     axes.plot([i + STEP / 2 for i in range(0, LONG, STEP)], [part.mean().item() for part in values.split(STEP)],
               label=name)
-axes.legend()
+axes.margins(y=0.25)
+axes.legend(loc="lower center", ncols=3, fontsize=8)
 spoken = ", ".join(f"{name}: {value:.2f}" for name, value in after.items())
 plots.show(figure, f"Loss against position, three curves; means from {STEP} tokens on: {spoken}.")
 print(spoken)
