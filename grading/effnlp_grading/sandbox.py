@@ -379,3 +379,6 @@ def _gpu_mounts() -> Iterator[str]:
         yield from ("--ro-bind-try", path, path)
     for path in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)):
         yield from ("--ro-bind-try", path, path)
+    compiler = Path(os.environ.get("CC") or shutil.which("gcc") or "/usr/bin/gcc")  # Triton's, for what starts a kernel
+    if compiler.is_absolute() and not compiler.is_relative_to("/usr"):
+        yield from ("--ro-bind-try", str(compiler.parents[1]), str(compiler.parents[1]))

@@ -89,6 +89,7 @@ def test_cuda_fault_costs_its_exercise_alone(sandbox):
     assert graded.verdicts[NEXT]["score"] == exercises.lab(LAB).exercise(NEXT).points
 
 
+@pytest.mark.alone  # in a container what others take of the card counts as the session's
 def test_too_much_of_the_cards_memory_ends_the_session(sandbox):
     graded = grade(sandbox, GREEDY, gpu_memory=3 << 30)
     assert graded.verdicts[FAULTY]["score"] == 0.0
