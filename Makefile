@@ -17,7 +17,7 @@ endif
 help:
 	@echo "make demo   a class of made-up students, graded from release to feedback"
 	@echo "make test   the whole test suite, with every notebook executed (on the CPU where there is no GPU)"
-	@echo "make gpu    what needs a CUDA device, and every notebook on it; a skipped test is a failure"
+	@echo "make gpu    everything on a CUDA device, and one report in build/gpu; goes on where it was stopped; ONLY=tests"
 	@echo "make grading-bench  a class of 200 killed and resumed, 100,000 fuzzed inputs, and the speed beside nbgrader"
 	@echo "make semester  60 students, every lab, three learning platforms; killed ten times and gone on with"
 	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
@@ -42,8 +42,7 @@ test: $(READY)
 	$(RUN) -m effnlp_lab test
 
 gpu: $(READY)
-	$(RUN) -m effnlp_lab test --device cuda
-	for lab in 00 06; do $(RUN) -m effnlp_lab mutate $$lab --sandbox --device cuda --sample 2 || exit 1; done
+	$(RUN) -m effnlp_lab gpu $(foreach part,$(ONLY),--only $(part))
 
 grading-bench: $(READY)
 	EFFNLP_GRADING_SIZE=200 EFFNLP_FUZZ=100000 $(RUN) -m pytest tests/grading/test_class_scale.py \

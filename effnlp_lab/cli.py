@@ -113,9 +113,23 @@ def mutate(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAMES", help="Benchmarks; all by default.")] = None,
     device: OnDevice = "auto",
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="benchmarks")] = None,
 ) -> None:
     """Time the reference implementations beside the libraries one would otherwise use."""
-    _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device))
+    _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device, None, out))
+
+
+@app.command()
+def gpu(
+    only: Annotated[list[str] | None, typer.Option(help="A part (tests, notebooks, grading, bench) or a step; may be "
+                                                        "given again.", show_default="all")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to work and report.", show_default="build/gpu")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Only name the steps.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Only write benchmarks/expected.toml anew.")] = False,
+) -> None:
+    """Run everything that needs a GPU and write one report; what is done on this tree and card is not repeated."""
+    _finish(_load("effnlp_lab.gpurun.main").main(only or (), force, out, listed, record))
 
 
 @app.command("train-course-models")

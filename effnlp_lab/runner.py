@@ -276,7 +276,7 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     environment = dict(os.environ, PYTHONPATH=_python_path())
     if kind == "cpu":
         environment["EFFNLP_DEVICE"] = "cpu"  # before pytest starts, so that Triton starts in its interpreter
-    workers = max(1, min(usable_cores(), int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK), MOST_WORKERS))
+    workers = workers_for_tests()
     if workers == 1 or any(argument.startswith(("-n", "--numprocesses", "--pdb", "-m")) for argument in arguments):
         return _pytest([*command, *arguments], root, environment)
     for variable in _THREAD_VARIABLES:
@@ -287,6 +287,11 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     together = _pytest([*command, *spread, "-m", "(gpu or notebook) and not alone", *arguments], root, environment)
     alone = _pytest([*command, "-m", "alone", *arguments], root, environment)
     return max(together, alone)
+
+
+def workers_for_tests() -> int:
+    """How many processes the tests are spread over."""
+    return max(1, min(usable_cores(), int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK), MOST_WORKERS))
 
 
 def _pytest(command: Sequence[str], root: Path, environment: dict[str, str]) -> int:

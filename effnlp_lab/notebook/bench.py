@@ -253,8 +253,11 @@ def suite_folder() -> Path:
     raise UsageError(f"There is no folder {FOLDER}/ here: run this in a checkout of the repository.")
 
 
-def main(names: Iterable[str], device: str | Device = "auto", folder: Path | None = None) -> int:
+def main(names: Iterable[str], device: str | Device = "auto", folder: Path | None = None,
+         out: Path | None = None) -> int:  # fmt: skip
     """Run the named suites (all when none is named), print their tables and write their files. Returns 0.
+
+    The files go to `out`, by default into the folder of the suites.
 
     A suite may name the device that it needs in `NEEDS = "cuda"`: elsewhere it is reported as not run.
     Raises UsageError for an unknown name.
@@ -265,6 +268,7 @@ def main(names: Iterable[str], device: str | Device = "auto", folder: Path | Non
     if unknown:
         raise UsageError(f"There is no benchmark {unknown[0]!r}: choose one of {', '.join(known) or '(none)'}.")
     device = device if isinstance(device, Device) else resolve(device)
+    out = Path(out or (folder if folder else suite_folder()))
     for name in names or known:
         suite = _load(name, known[name])
         if getattr(suite, "NEEDS", device.kind) != device.kind:
@@ -272,7 +276,7 @@ def main(names: Iterable[str], device: str | Device = "auto", folder: Path | Non
             continue
         comparisons = suite.run(device, known[name].parent)
         command = f"python3 -m effnlp_lab bench {shlex.quote(name)}"
-        save_suite(name, comparisons, known[name].parent, command, device)
+        save_suite(name, comparisons, out, command, device)
         print("\n\n".join(comparison.table() for comparison in comparisons) + "\n")
     return 0
 

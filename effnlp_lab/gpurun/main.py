@@ -1,0 +1,68 @@
+"""The verb `gpu`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effnlp_lab.device import resolve
+from effnlp_lab.errors import UsageError
+from effnlp_lab.gpurun import expected, report
+from effnlp_lab.gpurun.execute import commit_of, execute, tree_key
+from effnlp_lab.gpurun.steps import Step, all_steps, choose
+from effnlp_lab.notebook.bench import machine
+from effnlp_lab.runner import source_root
+
+
+def main(only: Sequence[str] = (), force: bool = False, out: Path | None = None, listed: bool = False,
+         record: bool = False) -> int:  # fmt: skip
+    """Run what is not done on this tree and card; return 0 when nothing of it failed, was skipped, died or fell back.
+
+    Raises UsageError outside of a checkout, DeviceError without a GPU.
+    """
+    root = source_root()
+    if root is None:
+        raise UsageError("The GPU run needs the tests, which are not installed: run it in a checkout of the course.")
+    if record:
+        print(f"wrote {expected.record(root / 'benchmarks').relative_to(root)}")
+        return 0
+    device = resolve("cuda", "0")
+    steps = all_steps(root, device)
+    if listed:
+        print("\n".join(f"{step.part:<11}{step.name}" for step in steps))
+        return 0
+    return run(steps, choose(steps, only), (out or root / "build" / "gpu").resolve(), root, machine(device), force)
+
+
+def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on: Mapping[str, Any],
+        force: bool = False) -> int:  # fmt: skip
+    """Run `chosen` of all `steps` on the machine `on`, the report written anew after each. Returns 0 or 1."""
+    records = expected.load(root / "benchmarks" / expected.NAME)
+    key, commit = tree_key(root, on["device"]), commit_of(root)
+
+    def tell(_: Any = None) -> dict[str, Any]:
+        told = report.gather(steps, chosen, out, key, on, commit, records)
+        report.write(told, out)
+        return told
+
+    out.mkdir(parents=True, exist_ok=True)
+    execute(chosen, out, root, key, force, tell)
+    told = tell()
+    _book(chosen, out)
+    for sentence in told["problems"]:
+        print(f"WRONG: {sentence}")
+    state = "failed" if not told["ok"] else "passed" if told["whole"] else "ok so far"
+    rest = f"; not run yet: {', '.join(told['not_run'])}" if told["not_run"] else ""
+    print(f"GPU run {state} on {on['device']}{rest}. The report: {out / 'report.html'}")
+    return 0 if told["ok"] else 1
+
+
+def _book(chosen: Sequence[Step], out: Path) -> None:
+    """Copy what the benchmarks wrote into one folder, in the shape of benchmarks/."""
+    for step in chosen:
+        if step.part == "bench":
+            for path in (out / step.name).glob(f"{step.name.removeprefix('bench-')}.*"):
+                (out / "benchmarks").mkdir(exist_ok=True)
+                shutil.copy(path, out / "benchmarks")

@@ -1,0 +1,128 @@
+"""What is run on a GPU, in four parts: tests, notebooks, grading, bench. A step is one command."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from effnlp_lab.device import Device
+from effnlp_lab.errors import UsageError
+from effnlp_lab.gpurun import findings
+from effnlp_lab.gpurun.findings import Found
+from effnlp_lab.notebook.bench import suites
+from effnlp_lab.runner import GPU_BYTES_PER_NOTEBOOK, find_notebooks, workers_for_tests
+
+PARTS = {
+    "tests": "the tests under tests/gpu",
+    "notebooks": "solutions and labs at full and at fast size, and the outputs that nbval compares",
+    "grading": "the sample class and mutants, graded in the sandbox",
+    "bench": "every benchmark, beside its peers",
+}
+MUTATED = ("00", "06")
+"""Labs whose mutants are graded in the sandbox: those with the most kernels."""
+LABS_A_STEP = 3
+LIMIT_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a part. `read` says what came out of it: (the step's folder, its exit code, its log) -> Found.
+
+    In `command` the word `{folder}` stands for the step's own folder. `environment` is set over ours; None unsets.
+    """
+
+    name: str
+    part: str
+    command: tuple[str, ...]
+    read: Callable[[Path, int, str], Found] = findings.plain
+    limit: float = LIMIT_SECONDS
+    environment: dict[str, str | None] = field(default_factory=dict)
+
+
+def choose(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
+    """The steps of the parts (or with the names) in `only`; all where it is empty. Raises UsageError for another."""
+    known = {*(step.part for step in steps), *(step.name for step in steps)}
+    unknown = [word for word in only if word not in known]
+    if unknown:
+        raise UsageError(f"There is no part {unknown[0]!r}: expected one of {', '.join(PARTS)}, or a step's name "
+                         "(`effnlp gpu --list`).")  # fmt: skip
+    return [step for step in steps if not only or step.part in only or step.name in only]
+
+
+def all_steps(root: Path, device: Device) -> list[Step]:
+    """Every step, in the order in which they run: what is quick to fail comes first."""
+    return [*_tests(), *_notebooks(root, device), *_grading(), *_bench(root)]
+
+
+def effnlp(*arguments: str) -> tuple[str, ...]:
+    """The command line of a verb."""
+    return (sys.executable, "-m", "effnlp_lab", *arguments)
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "pytest", "--device=cuda", "--junitxml={folder}/junit.xml", "--color=no", *arguments)
+
+
+def _spread(workers: int) -> tuple[str, ...]:
+    return ("-n", str(workers), "--dist", "load", "--maxschedchunk", "1") if workers > 1 else ()
+
+
+def _tests() -> list[Step]:
+    workers = workers_for_tests()
+    return [
+        Step("tests-together", "tests", _pytest("tests/gpu", "-m", "not alone", *_spread(workers)), findings.pytest),
+        Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest),
+    ]
+
+
+def _notebooks(root: Path, device: Device) -> list[Step]:
+    """Where notebooks run at full size, a step is a few of them, so that little is lost by an interruption."""
+    at_once = max(1, device.memory_bytes // GPU_BYTES_PER_NOTEBOOK)
+    labs = [path.parent.name for path in find_notebooks(root=root)]
+    groups = [labs[first : first + LABS_A_STEP] for first in range(0, len(labs), LABS_A_STEP)]
+
+    def run(name: str, *arguments: str) -> Step:
+        more = ("--device", "cuda", "--jobs", str(at_once), "--out", "{folder}")
+        return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks)
+
+    full = [run(f"solutions-full-{_span(group)}", *group, "--full") for group in groups]
+    rest = [run("solutions-fast", "--fast"), run("labs-full", "--student", "--full"),
+            run("labs-fast", "--student", "--fast")]  # fmt: skip
+    for group in groups:
+        which = " or ".join(f"test_solution[{lab[3:]}]" for lab in group)
+        command = _pytest("tests/notebooks/test_run.py", "-k", which, *_spread(min(at_once, len(group))))
+        rest.append(Step(f"nbval-{_span(group)}", "notebooks", command, findings.pytest,
+                         environment={"EFFNLP_FAST": None}))  # fmt: skip
+    return [*full, *rest]
+
+
+def _span(labs: Sequence[str]) -> str:
+    return f"{labs[0][:2]}-{labs[-1][:2]}"
+
+
+def _grading() -> list[Step]:
+    mutants = [
+        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--device", "cuda", "--sample", "2"))
+        for lab in MUTATED
+    ]
+    return [*mutants, Step("sample-class", "grading", effnlp("demo", "--device", "cuda", "--out", "{folder}"))]
+
+
+def _bench(root: Path) -> list[Step]:
+    at_full_size = {"EFFNLP_FAST": None, "EFFNLP_DEVICE": None}
+    return [
+        Step(f"bench-{name}", "bench", effnlp("bench", name, "--device", needs(path) or "cpu", "--out", "{folder}"),
+             findings.bench, environment=at_full_size)
+        for name, path in suites(root / "benchmarks").items()
+    ]  # fmt: skip
+
+
+def needs(suite: Path) -> str | None:
+    """The device that a benchmark names in `NEEDS = "cuda"`, read from its text."""
+    for node in ast.parse(suite.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "NEEDS" for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None

@@ -1,0 +1,293 @@
+"""The GPU run, with small commands in place of its steps: what it keeps, what it calls a failure, what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from effnlp_lab.device import Device
+from effnlp_lab.errors import DeviceError, UsageError
+from effnlp_lab.gpurun import expected, findings, main, steps
+from effnlp_lab.gpurun.execute import tree_key
+from effnlp_lab.gpurun.steps import Step, choose
+from effnlp_lab.notebook.bench import suites
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = "Card of the test"
+MACHINE = {"device": CARD, "kind": "cuda", "driver": "1", "cpu": "a processor", "cores": 4, "load_average": 0.1,
+           "python": "3.11", "versions": {"torch": "2"}}  # fmt: skip
+GPU = Device("cuda", False, CARD, torch.bfloat16, "compiled", (9, 0), 80 << 30)
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", code)
+
+
+def suite(ratio: float | None = 2.0, device: str = CARD, missing: dict | None = None, kind: str = "cuda") -> dict:
+    one = {"title": "Copy", "seconds": {"ours": [1.0], "theirs": [2.0]}, "ours": "ours", "peer": "theirs",
+           "ratio": ratio, "missing": missing or {}}  # fmt: skip
+    return {"suite": "copy", "machine": MACHINE | {"device": device, "kind": kind}, "comparisons": [one]}
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    root = tmp_path / "tree"
+    for folder in ("effnlp_lab", "benchmarks"):
+        (root / folder).mkdir(parents=True)
+    (root / "effnlp_lab" / "room.py").write_text("answer = 42\n")
+    return root
+
+
+def go(tree: Path, all_steps: list[Step], only=(), force: bool = False) -> tuple[int, dict]:
+    out = tree.parent / "out"
+    code = main.run(all_steps, choose(all_steps, only), out, tree, MACHINE, force)
+    return code, json.loads((out / "report.json").read_text())
+
+
+def counting(tree: Path, name: str, part: str = "tests", code: int = 0) -> Step:
+    return Step(name, part, python(f"open({str(tree.parent / name)!r}, 'a').write('x'); raise SystemExit({code})"))
+
+
+def times(tree: Path, name: str) -> int:
+    path = tree.parent / name
+    return len(path.read_text()) if path.is_file() else 0
+
+
+def test_what_is_done_is_not_repeated_and_what_failed_is(tree, capsys):
+    planned = [counting(tree, "good"), counting(tree, "bad", "grading", 3)]
+    for _ in range(2):
+        code, report = go(tree, planned)
+    assert code == 1 and not report["ok"] and report["whole"]
+    assert (times(tree, "good"), times(tree, "bad")) == (1, 2)
+    assert report["problems"] == ["bad: exit code 3; its log ends: (empty)"]
+    assert {part: told["state"] for part, told in report["parts"].items()} == {"tests": "ok", "grading": "failed"}
+    assert "good: ok, ran earlier" in capsys.readouterr().out
+    go(tree, planned, force=True)
+    assert times(tree, "good") == 2
+
+
+def test_another_tree_or_card_is_done_again_and_prose_and_figures_are_not(tree):
+    key = tree_key(tree, CARD)
+    (tree / "README.md").write_text("words")
+    (tree / "benchmarks" / "copy.json").write_text("{}")
+    assert tree_key(tree, CARD) == key != tree_key(tree, "another card")
+    (tree / "effnlp_lab" / "room.py").write_text("answer = 43\n")
+    assert tree_key(tree, CARD) != key
+
+
+def test_one_part_alone_is_not_the_whole(tree, capsys):
+    planned = [counting(tree, "first"), counting(tree, "second", "notebooks")]
+    code, report = go(tree, planned, only=["notebooks"])
+    assert code == 0 and report["ok"] and not report["whole"] and report["not_run"] == ["first"]
+    assert "GPU run ok so far" in capsys.readouterr().out and times(tree, "first") == 0
+    code, report = go(tree, planned)
+    assert code == 0 and report["whole"] and "GPU run passed" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no part 'everything': expected one of tests, notebooks, grading, bench"):
+        choose(planned, ["everything"])
+
+
+def test_a_step_at_its_limit_is_ended_with_all_that_it_started(tree):
+    code = ("import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; "
+            "time.sleep(60)'], start_new_session=True); print(p.pid, flush=True); time.sleep(60)")  # fmt: skip
+    begin = time.monotonic()
+    result, report = go(tree, [Step("hangs", "tests", python(code), limit=1.0)])
+    assert time.monotonic() - begin < 20 and result == 1
+    assert report["parts"]["tests"]["steps"]["hangs"]["state"] == "timed out"
+    assert "limit of 1 s" in report["problems"][0]
+    grandchild = int((tree.parent / "out" / "hangs" / "log.txt").read_text())
+    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_is_stopped_leaves_a_report_on_what_it_did(tree):
+    def stop(folder, code, log):
+        raise KeyboardInterrupt
+
+    planned = [counting(tree, "first"), Step("second", "notebooks", python("pass"), stop)]
+    with pytest.raises(KeyboardInterrupt):
+        go(tree, planned)
+    report = json.loads((tree.parent / "out" / "report.json").read_text())
+    assert report["not_run"] == ["second"] and report["problems"] == ["second: not run yet."] and not report["ok"]
+
+
+PYTEST_FILE = """
+import pytest
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_refused(): pytest.skip("no flash_attn")
+@pytest.mark.xfail
+def test_known(): assert False
+@pytest.fixture
+def broken(): raise OSError("no such card")
+def test_error(broken): pass
+"""
+REFUSING = """
+import importlib.util, pytest
+spec = importlib.util.spec_from_file_location("kit_conftest", {conftest!r})
+kit = importlib.util.module_from_spec(spec); spec.loader.exec_module(kit)
+class Cuda:
+    def getoption(self, name): return "cuda"
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    return kit._refuse_skip(report, Cuda())
+"""
+
+
+@pytest.mark.parametrize("refusing", [False, True])
+def test_what_pytest_says_is_read(tmp_path, refusing):
+    """With and without the suite's own rule that a skip on --device cuda is a failure."""
+    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    if refusing:
+        (tmp_path / "conftest.py").write_text(REFUSING.format(conftest=str(ROOT / "tests" / "conftest.py")))
+    command = [sys.executable, "-m", "pytest", "-q", "--junitxml=junit.xml", "-p", "no:cacheprovider"]
+    quick = dict(os.environ, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=quick)
+    found = findings.pytest(tmp_path, done.returncode, done.stdout)
+    assert {name.rpartition("::")[2]: state for name, state, _ in found.ran} == {
+        "test_right": "ok", "test_wrong": "failed", "test_refused": "skipped", "test_known": "ok",
+        "test_error": "failed"}  # fmt: skip
+    assert len(found.problems) == 2 and "assert 1 == 2" in found.problems[0] and "no such card" in found.problems[1]
+    assert len(found.skipped) == 1 and "no flash_attn" in found.skipped[0]
+
+
+def test_a_run_of_pytest_without_tests_is_a_failure(tmp_path):
+    assert findings.pytest(tmp_path, 4, "usage: ...").problems
+    (tmp_path / "junit.xml").write_text('<testsuites><testsuite name="pytest"/></testsuites>')
+    assert findings.pytest(tmp_path, 5, "no tests ran").problems
+
+
+def test_dead_kernels_and_failed_notebooks_are_told_apart(tree):
+    cell = {"index": 7, "first_line": "train(model)", "tags": []}
+    outcomes = [
+        {"notebook": "01_a", "state": "ok", "seconds": 3.0, "message": "", "cell": None, "folder": ""},
+        {"notebook": "02_b", "state": "died", "seconds": 4.0, "message": "out of memory", "cell": cell, "folder": ""},
+        {"notebook": "03_c", "state": "failed", "seconds": 5.0, "message": "ValueError", "cell": cell, "folder": ""},
+    ]
+    code = f"import json; open(r'{{folder}}/results.json', 'w').write({json.dumps(outcomes)!r}); raise SystemExit(1)"
+    _, report = go(tree, [Step("solutions", "notebooks", python(code), findings.notebooks)])
+    step = report["parts"]["notebooks"]["steps"]["solutions"]
+    assert step["died"] == ["02_b: died, cell 7: train(model): out of memory"]
+    assert step["problems"] == ["03_c: failed, cell 7: train(model): ValueError"]
+    assert [seconds for _, _, seconds in step["ran"]] == [3.0, 4.0, 5.0]
+    assert any(problem.startswith("solutions: a kernel died: 02_b") for problem in report["problems"])
+
+
+def bench_step(tree: Path, content: dict | None) -> Step:
+    wrote = f"open(r'{{folder}}/copy.json', 'w').write({json.dumps(content)!r})" if content else "print('needs cuda')"
+    return Step("bench-copy", "bench", python(wrote), findings.bench)
+
+
+def record(tree: Path, content: dict) -> None:
+    (tree / "benchmarks" / "copy.json").write_text(json.dumps(content))
+    expected.record(tree / "benchmarks")
+
+
+@pytest.mark.parametrize(("content", "state", "told"), [
+    (suite(1.71), "ok", ""),
+    (suite(1.69), "below", "is 1.69 times theirs, at least 1.70 is expected"),
+    (suite(None, missing={"theirs": "no flash_attn here"}), "peer missing", "theirs: no flash_attn here"),
+    (suite(0.1, device="another card"), "on another device", ""),
+    (suite() | {"comparisons": []}, "not measured", "was not measured"),
+])  # fmt: skip
+def test_figures_are_held_against_their_records(tree, content, state, told):
+    record(tree, suite(2.0))
+    code, report = go(tree, [bench_step(tree, content)])
+    assert [figure["state"] for figure in report["figures"]] == [state]
+    assert code == (0 if state in ("ok", "on another device") else 1)
+    assert not told or any(told in problem for problem in report["problems"])
+
+
+def test_a_benchmark_that_did_not_run_fails_and_its_figures_are_listed(tree):
+    record(tree, suite(2.0))
+    code, report = go(tree, [bench_step(tree, None)])
+    assert code == 1 and [figure["state"] for figure in report["figures"]] == ["not measured"]
+    assert any("skipped: it wrote no figures; its log ends: needs cuda" in problem for problem in report["problems"])
+    page = (tree.parent / "out" / "report.html").read_text()
+    assert "not measured" in page and "failed" in page.partition("</title>")[0]
+
+
+def test_margins_and_floors_written_by_hand_are_kept_and_hold(tree):
+    record(tree, suite(2.0))
+    path = tree / "benchmarks" / "expected.toml"
+    path.write_text(path.read_text().replace("0.15", "0.5") + '\n[suites.copy.floors]\n"Copy" = 1.9\n')
+    record(tree, suite(2.5))
+    told = expected.load(path)["copy"]
+    assert told["margin"] == 0.5 and told["floors"] == {"Copy": 1.9} and told["ratios"] == {"Copy": 2.5}
+    assert [expected.hold({"copy": told}, {"copy": suite(ratio)})[0].state for ratio in (1.91, 1.89)] == ["ok", "below"]
+    record(tree, suite(2.5, device="another card"))  # what holds for one card says nothing on another
+    assert expected.load(path)["copy"] == {"device": "another card", "margin": 0.15, "ratios": {"Copy": 2.5}}
+
+
+def test_a_cpu_s_records_hold_for_as_many_cores():
+    content = suite(3.0, kind="cpu")
+    told = {"device": CARD, "cores": 4, "margin": 0.35, "ratios": {"Copy": 9.0}}
+    assert expected.hold({"copy": told}, {"copy": content})[0].state == "below"
+    assert expected.hold({"copy": told | {"cores": 2}}, {"copy": content})[0].state == "on another device"
+
+
+@pytest.mark.parametrize("text", ["[suites", "[suites.copy]\ndevice = 'x'", "[suites.copy]\ndevice='x'\nmargin=1.5"])
+def test_a_file_of_records_that_cannot_be_read_is_one_sentence(tmp_path, text):
+    (tmp_path / "expected.toml").write_text(text)
+    with pytest.raises(UsageError, match="expected.toml cannot be used .*effnlp gpu --record"):
+        expected.load(tmp_path / "expected.toml")
+
+
+def test_the_committed_records_are_those_of_the_committed_figures():
+    records = expected.load(ROOT / "benchmarks" / "expected.toml")
+    files = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks").glob("*.json")}
+    figures = expected.hold(records, files)
+    wrong = [figure.sentence() for figure in figures if figure.state in (*expected.FAILURES, "on another device")]
+    assert not wrong, "write them anew: python3 -m effnlp_lab gpu --record"
+    assert records.keys() <= files.keys() and sum(figure.state == "ok" for figure in figures) > 40
+
+
+def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
+    planned = steps.all_steps(ROOT, GPU)
+    assert {step.part for step in planned} == set(steps.PARTS) and len({s.name for s in planned}) == len(planned)
+    words = " ".join(word for step in planned for word in step.command)
+    labs = [path.name for path in (ROOT / "solutions").glob("[0-9]*")]
+    assert labs and all(f" {lab} " in words and f"test_solution[{lab[3:]}]" in words for lab in labs)
+    benches = {step.name.removeprefix("bench-"): step.command for step in planned if step.part == "bench"}
+    assert benches.keys() == suites(ROOT / "benchmarks").keys()
+    assert "cpu" in benches["grading"] and "cuda" in benches["attention"] and "cpu" in benches["streaming"]
+    for step in planned:
+        assert all((ROOT / word).exists() for word in step.command if word.startswith("tests/"))
+        if "effnlp_lab" in step.command:
+            assert step.read is not findings.pytest
+    assert (ROOT / "Makefile").read_text().count("-m effnlp_lab gpu ") == 1
+
+
+def test_without_a_gpu_it_refuses(monkeypatch):
+    monkeypatch.setattr("effnlp_lab.device.cuda_available", lambda: False)
+    with pytest.raises(DeviceError, match="CUDA"):
+        main.main()
+
+
+def test_the_page_is_whole_and_says_states_in_words(tree):
+    planned = [counting(tree, "first"), counting(tree, "<odd> & name", "grading", 1)]
+    go(tree, planned)
+    page = (tree.parent / "out" / "report.html").read_text()
+    opened: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta",):
+                opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Parser().feed(page)
+    assert not opened and 'lang="en"' in page and textwrap.dedent("&lt;odd&gt; &amp; name") in page
+    assert "<caption>" in page and 'scope="row"' in page and CARD in page
