@@ -114,9 +114,10 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAMES", help="Benchmarks; all by default.")] = None,
     device: OnDevice = "auto",
     out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="benchmarks")] = None,
+    book: Annotated[bool, typer.Option("--book", help="Measure nothing; gather what was measured.")] = False,
 ) -> None:
     """Time the reference implementations beside the libraries one would otherwise use."""
-    _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device, None, out))
+    _finish(_load("effnlp_lab.notebook.bench").main(list(names or ()), device, None, out, book))
 
 
 @app.command()

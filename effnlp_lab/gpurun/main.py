@@ -13,6 +13,7 @@ from effnlp_lab.gpurun import expected, report
 from effnlp_lab.gpurun.execute import commit_of, execute, tree_key
 from effnlp_lab.gpurun.steps import Step, all_steps, choose
 from effnlp_lab.notebook.bench import machine
+from effnlp_lab.notebook.book import write as write_book
 from effnlp_lab.runner import source_root
 
 
@@ -50,7 +51,8 @@ def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on
     out.mkdir(parents=True, exist_ok=True)
     execute(chosen, out, root, key, force, tell)
     told = tell()
-    _book(chosen, out)
+    if any(step.part == "bench" for step in chosen):
+        _book(chosen, out, root)
     for sentence in told["problems"]:
         print(f"WRONG: {sentence}")
     state = "failed" if not told["ok"] else "passed" if told["whole"] else "ok so far"
@@ -59,10 +61,15 @@ def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on
     return 0 if told["ok"] else 1
 
 
-def _book(chosen: Sequence[Step], out: Path) -> None:
-    """Copy what the benchmarks wrote into one folder, in the shape of benchmarks/."""
+def _book(chosen: Sequence[Step], out: Path, root: Path) -> None:
+    """Gather what the benchmarks wrote into a benchmark book of this run."""
+    folder = out / "benchmarks"
+    folder.mkdir(exist_ok=True)
     for step in chosen:
         if step.part == "bench":
-            for path in (out / step.name).glob(f"{step.name.removeprefix('bench-')}.*"):
-                (out / "benchmarks").mkdir(exist_ok=True)
-                shutil.copy(path, out / "benchmarks")
+            name = step.name.removeprefix("bench-")
+            for path in (root / "benchmarks" / f"{name}.py", *(out / step.name).glob(f"{name}.*")):
+                if path.is_file():
+                    shutil.copy(path, folder)
+    if any(folder.glob("*.json")):
+        write_book(folder)

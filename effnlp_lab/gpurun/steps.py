@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from effnlp_lab.device import Device
 from effnlp_lab.errors import UsageError
 from effnlp_lab.gpurun import findings
 from effnlp_lab.gpurun.findings import Found
-from effnlp_lab.notebook.bench import suites
+from effnlp_lab.notebook.bench import needs, suites
 from effnlp_lab.runner import GPU_BYTES_PER_NOTEBOOK, find_notebooks, workers_for_tests
 
 PARTS = {
@@ -118,11 +117,3 @@ def _bench(root: Path) -> list[Step]:
              findings.bench, environment=at_full_size)
         for name, path in suites(root / "benchmarks").items()
     ]  # fmt: skip
-
-
-def needs(suite: Path) -> str | None:
-    """The device that a benchmark names in `NEEDS = "cuda"`, read from its text."""
-    for node in ast.parse(suite.read_text("utf-8")).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "NEEDS" for t in node.targets):
-            return ast.literal_eval(node.value)
-    return None

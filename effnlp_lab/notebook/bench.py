@@ -7,6 +7,7 @@ than the L2 cache, where a real run would find them in memory.
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -245,6 +246,14 @@ def suites(folder: Path | None = None) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
 
 
+def needs(suite: Path) -> str | None:
+    """The device that a benchmark names in `NEEDS = "cuda"`, read from its text."""
+    for node in ast.parse(suite.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "NEEDS" for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
 def suite_folder() -> Path:
     """`benchmarks/` here or beside the package; it is not installed with it. Raises UsageError where it is absent."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
@@ -254,10 +263,11 @@ def suite_folder() -> Path:
 
 
 def main(names: Iterable[str], device: str | Device = "auto", folder: Path | None = None,
-         out: Path | None = None) -> int:  # fmt: skip
+         out: Path | None = None, book: bool = False) -> int:  # fmt: skip
     """Run the named suites (all when none is named), print their tables and write their files. Returns 0.
 
-    The files go to `out`, by default into the folder of the suites.
+    The files go to `out`, by default into the folder of the suites, where they are gathered into the benchmark book.
+    With `book` nothing is measured: the book is written from the files that are there.
 
     A suite may name the device that it needs in `NEEDS = "cuda"`: elsewhere it is reported as not run.
     Raises UsageError for an unknown name.
@@ -269,7 +279,7 @@ def main(names: Iterable[str], device: str | Device = "auto", folder: Path | Non
         raise UsageError(f"There is no benchmark {unknown[0]!r}: choose one of {', '.join(known) or '(none)'}.")
     device = device if isinstance(device, Device) else resolve(device)
     out = Path(out or (folder if folder else suite_folder()))
-    for name in names or known:
+    for name in () if book else names or known:
         suite = _load(name, known[name])
         if getattr(suite, "NEEDS", device.kind) != device.kind:
             print(f"{name}: not run, needs {suite.NEEDS} and this is {device.kind}.\n")
@@ -278,6 +288,12 @@ def main(names: Iterable[str], device: str | Device = "auto", folder: Path | Non
         command = f"python3 -m effnlp_lab bench {shlex.quote(name)}"
         save_suite(name, comparisons, out, command, device)
         print("\n\n".join(comparison.table() for comparison in comparisons) + "\n")
+    if book or out == (folder or suite_folder()):
+        from effnlp_lab.notebook.book import write as write_book
+
+        readme = out.parent / "README.md"
+        for path in write_book(out, readme if readme.is_file() and out.name == FOLDER else None):
+            print(f"wrote {path}")
     return 0
 
 

@@ -20,7 +20,7 @@ from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, findings, main, steps
 from effnlp_lab.gpurun.execute import tree_key
 from effnlp_lab.gpurun.steps import Step, choose
-from effnlp_lab.notebook.bench import suites
+from effnlp_lab.notebook.bench import Comparison, suites
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = "Card of the test"
@@ -34,9 +34,11 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def suite(ratio: float | None = 2.0, device: str = CARD, missing: dict | None = None, kind: str = "cuda") -> dict:
-    one = {"title": "Copy", "seconds": {"ours": [1.0], "theirs": [2.0]}, "ours": "ours", "peer": "theirs",
-           "ratio": ratio, "missing": missing or {}}  # fmt: skip
-    return {"suite": "copy", "machine": MACHINE | {"device": device, "kind": kind}, "comparisons": [one]}
+    """The JSON of a benchmark of one comparison."""
+    seconds = {"ours": [1.0]} | ({} if ratio is None else {"theirs": [ratio]})
+    one = Comparison("Copy", seconds, "ours", "theirs", missing=missing or {})
+    return {"suite": "copy", "command": "effnlp bench copy", "machine": MACHINE | {"device": device, "kind": kind},
+            "comparisons": [one.to_json()]}  # fmt: skip
 
 
 @pytest.fixture
