@@ -260,7 +260,7 @@ def _copy_outputs(old: NotebookNode, new: NotebookNode) -> None:
         if cell.cell_type != "code" or not outputs.get(cell.id):
             continue
         count += 1
-        cell.outputs = [_steady(o, count) for o in outputs[cell.id]]
+        cell.outputs = [_steady(o, count) for o in outputs[cell.id] if o.get("name") != "stderr"]  # paths of a machine
         cell.execution_count = count
 
 

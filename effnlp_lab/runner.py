@@ -33,6 +33,7 @@ State = Literal["ok", "failed", "died", "timed out"]
 CPU_BYTES_PER_NOTEBOOK = 4 * GIB
 GPU_BYTES_PER_NOTEBOOK = 20 * GIB
 MOST_WORKERS = 16
+STRICT = {"EFFNLP_STRICT": "1"}  # a solution that its check refuses is a failure
 FAST_LIMIT_SECONDS = 900.0
 FULL_LIMIT_SECONDS = 3600.0
 _POLL_SECONDS = 0.2
@@ -159,7 +160,7 @@ def validate(
     log = folder / f"{notebook.stem}.log"
     begin = time.monotonic()
     with log.open("w") as stream:
-        process = _spawn(command, stream, folder, _environment(target))
+        process = _spawn(command, stream, folder, _environment(target) | STRICT)
         end = _supervise(process, limit, watch_kernel=True)
     seconds = time.monotonic() - begin
     text = log.read_text(errors="replace")
@@ -325,6 +326,8 @@ def _execute(
         "parameters": {"DEVICE": device.kind, "FAST": "1" if device.fast else "0"},
         "student": student,
     }
+    if not student:
+        environment = environment | STRICT
     name = folder.name
     begin = time.monotonic()
     show.started(name)

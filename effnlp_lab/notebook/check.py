@@ -13,12 +13,17 @@ from effnlp_lab.notebook.driver import answer_case
 from effnlp_lab.notebook.judge import Verdict, judge
 
 
+class CheckFailed(EffnlpError):
+    """A solution that its own check refuses."""
+
+
 def check(exercise: str, answer: Callable, twin: Callable | None = None) -> float:
     """Run `answer` against the reference on fresh random cases, show why, and return the points it earns.
 
     Where an exercise has a PyTorch twin, the better of the two counts. Returns a plain float between 0 and the points;
-    never raises for anything that an answer does. Raises EffnlpError for an exercise that does not exist.
-    While a submission is graded, this judges nothing: the proctor does, outside the process that runs the notebook.
+    never raises for anything that an answer does, but with EFFNLP_STRICT=1 (as solutions are executed) raises
+    CheckFailed for what is not correct. Raises EffnlpError for an exercise that does not exist. While a submission is
+    graded, this judges nothing: the proctor does, outside the process that runs the notebook.
     """
     if os.environ.get("EFFNLP_GRADING"):
         print(f"{exercise}: the grader judges this outside the notebook.")
@@ -26,6 +31,8 @@ def check(exercise: str, answer: Callable, twin: Callable | None = None) -> floa
     verdict = verdict_of(exercise, answer, twin)
     report.show(verdict)
     setting.current.scores[exercise] = verdict.score
+    if os.environ.get("EFFNLP_STRICT") == "1" and verdict.state not in ("correct", "not run here"):
+        raise CheckFailed(f"{exercise}: {verdict.state}. {verdict.sentence}")
     return verdict.score
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from effnlp_lab import exercises
 from effnlp_lab.exercises.compare import brief, kind_of
@@ -323,7 +323,7 @@ def _judge_response(
             {},
         )
     elsewhere = [d for d in observed.get("devices", []) if d != device]
-    if elsewhere:
+    if elsewhere and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):  # else it had none to follow
         return (
             "incorrect",
             (

@@ -8,10 +8,11 @@ import pytest
 import torch
 import toy
 
+from effnlp_lab.exercises.reference import Case
 from effnlp_lab.notebook import report
 from effnlp_lab.notebook.check import check, verdict_of
 from effnlp_lab.notebook.driver import answer_case
-from effnlp_lab.notebook.judge import answer_from_source, judge
+from effnlp_lab.notebook.judge import _judge_response, answer_from_source, judge
 from effnlp_lab.notebook.limits import TimedOut, time_limit
 
 
@@ -156,6 +157,19 @@ def test_a_view_of_the_input_is_told():
 
 
 COUNT = "def count(items):\n    return {i: items.count(i) for i in items}\n"
+
+
+def test_who_was_given_no_tensor_may_return_one_from_anywhere():
+    response = {"status": "ok", "observed": {"devices": ["cpu"]}, "outputs": {"a": 2}}
+    case = Case("two", {"items": ["a", "a"]})
+    state = _judge_response(toy.COUNT, toy.Count(), case, dict(case.inputs), response, {"zero": "kept"},
+                            "cuda", 1.0, False)  # fmt: skip
+    assert state[0] == "correct"
+    case = Case("one", {"x": torch.ones(1, 1)})
+    response["outputs"] = torch.ones(1, 1)
+    state = _judge_response(toy.SOFTMAX, toy.Softmax(), case, dict(case.inputs), response, {}, "cuda", 1.0,
+                            False)  # fmt: skip
+    assert state[0] == "incorrect" and "make new tensors with device=x.device" in state[1]
 
 
 def test_a_variant_refuses_the_public_answer_and_says_why(monkeypatch):

@@ -100,6 +100,16 @@ def test_a_blank_is_no_failure(ended):
     assert stdout(out / "blank" / "blank.ipynb") == "not attempted yet: double\nwent on\n"
 
 
+def test_a_solution_that_its_check_refuses_is_a_failure(tmp_path):
+    start = "import effnlp_lab\nfrom effnlp_lab import check\neffnlp_lab.start('01_tokenization', DEVICE, FAST)"
+    cells = [PARAMETERS, new_code_cell(start), new_code_cell("def count_pairs(words, counts):\n    return {}"),
+             new_code_cell('check("count_pairs", count_pairs)')]  # fmt: skip
+    path = write(tmp_path / "source", "refused", cells)
+    (outcome,) = runner.run([path], "cpu", "1", out=tmp_path / "out")
+    assert outcome.state == "failed" and "CheckFailed: count_pairs: incorrect" in outcome.message
+    assert outcome.cell.index == 3
+
+
 def test_not_implemented_elsewhere_is_a_failure(ended):
     outcome = ended[0]["not_a_blank"]
     assert outcome.state == "failed" and outcome.cell.index == 2 and "NotImplementedError: triple" in outcome.message
