@@ -186,6 +186,12 @@ def replay(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
+def submit(context: typer.Context) -> None:
+    """Check a submission before it is handed in, and say what the grader will say: `effnlp submit NOTEBOOK`."""
+    _grading("submit", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
 def repair(context: typer.Context) -> None:
     """Rebuild a damaged submission from the release: `effnlp repair SUBMISSION`."""
     _grading("repair", context.args)

@@ -66,6 +66,24 @@ def replay_verb(
     raise typer.Exit(replay(verdicts, notebook, exercise))
 
 
+@app.command("submit")
+def submit_verb(
+    notebook: Annotated[Path, typer.Argument(help="The notebook that you want to hand in.")],
+    lab: Annotated[str | None, typer.Option(help="Its lab.", show_default="what the notebook says")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a repaired copy into this folder, named as hand-in "
+                                                  "expects.")] = None,
+    device: OnDevice = "auto",
+) -> None:
+    """Check a submission before it is handed in, and say what the grader will say.
+
+    Its cells run on this machine without a sandbox. Exit code 0: it can be handed in; 1: something has to be put right.
+    """
+    from effnlp_grading.submit import main as submit
+    from effnlp_lab.cli import match_lab
+
+    raise typer.Exit(submit(notebook, match_lab(lab) if lab else None, out, device))
+
+
 @app.command("repair")
 def repair_verb(
     submission: Annotated[Path, typer.Argument(help="A submitted notebook.")],

@@ -75,7 +75,7 @@ def replay(notebook: Path, kept: list[dict[str, Any]]) -> list[Replayed]:
     lab = exercises.lab(kept[0]["lab"])
     steps = steps_of(read_submission(notebook.read_bytes(), notebook.name), lab)
     wanted = {v["exercise"]: v for v in kept}
-    space = _Notebook()
+    space = Notebook()
     found = []
     for step in steps:
         if step.kind == "run":
@@ -119,7 +119,7 @@ def _digest(notebook: Path, lab: str) -> str | None:
         return digest_of(steps_of(submission, exercises.lab(lab)))
 
 
-class _Notebook:
+class Notebook:
     """Runs cells in IPython's shell, quietly."""
 
     def __init__(self) -> None:
