@@ -54,6 +54,17 @@ def build(
     _finish(_load("effnlp_lab.build").main(match_labs(labs or ()), check, execute, device, jobs))
 
 
+@app.command("new-lab")
+def new_lab(
+    name: Annotated[str, typer.Argument(metavar="NN_NAME", help="Such as 10_mixture_of_experts.")],
+    title: Annotated[str, typer.Option(help="The lab's title.", show_default="from its name")] = "",
+    room: Annotated[bool, typer.Option("--room", help="Make a room for the technique, effnlp_lab/NAME/, too.")] = False,
+    execute: Annotated[bool, typer.Option("--execute/--no-execute", help="Run the solution and keep outputs.")] = True,
+) -> None:
+    """Write the skeleton of a lab, which passes every check from the start."""
+    _finish(_load("effnlp_lab.new_lab").main(name, title, room, execute))
+
+
 @app.command()
 def run(
     labs: Labs = None,
