@@ -11,7 +11,7 @@ from typing import Any
 from effnlp_lab.gpurun import expected
 from effnlp_lab.gpurun.execute import Ended, earlier
 from effnlp_lab.gpurun.expected import FAILURES, Figure
-from effnlp_lab.gpurun.steps import PARTS, Step
+from effnlp_lab.gpurun.steps import ALLOWED_SECONDS, PARTS, Step
 from effnlp_lab.notebook.bench import describe, write_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -32,6 +32,7 @@ def gather(steps: Sequence[Step], chosen: Sequence[Step], out: Path, key: str, m
             problems.append(f"{name}: not run yet.")
     chosen_suites = {name.removeprefix("bench-") for name in names}
     problems += [figure.sentence() for figure in figures if figure.state in FAILURES and figure.suite in chosen_suites]
+    problems += _too_slow(ended, names)
     absent = [name for name, one in ended.items() if one is None]
     return {
         "ok": not problems, "whole": not absent, "not_run": absent, "problems": problems, "commit": commit, "tree": key,
@@ -52,6 +53,16 @@ def write(report: Mapping[str, Any], out: Path) -> Path:
         **report, about=PARTS, machine_line=describe(report["machine"]))
     (out / "report.html").write_text(page, "utf-8")
     return out / "report.html"
+
+
+def _too_slow(ended: Mapping[str, Ended | None], names: set[str]) -> list[str]:
+    """A sentence for each group of steps that took longer than it may."""
+    found = []
+    for group, allowed in ALLOWED_SECONDS.items():
+        taken = sum(one.seconds for name, one in ended.items() if one and name.startswith(group) and name in names)
+        if taken > allowed:
+            found.append(f"{group}: {taken:.0f} s in all, and at most {allowed:.0f} s are allowed.")
+    return found
 
 
 def _part(part: str, steps: Sequence[Step], ended: Mapping[str, Ended | None]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ PARTS = {
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
 LABS_A_STEP = 3
+ALLOWED_SECONDS = {"solutions-full": 600.0}
+"""What steps whose names begin so may take together, at the clock."""
 LIMIT_SECONDS = 3600.0
 
 

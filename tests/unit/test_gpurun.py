@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from effnlp_lab import cli
 from effnlp_lab.device import Device
 from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, findings, main, steps
@@ -268,6 +270,26 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
         if "effnlp_lab" in step.command:
             assert step.read is not findings.pytest
     assert (ROOT / "Makefile").read_text().count("-m effnlp_lab gpu ") == 1
+
+
+def test_the_steps_are_commands_that_the_command_line_knows(monkeypatch):
+    """With what the verbs do taken out: names of options, of labs and of benchmarks are right."""
+    def verb(*arguments):
+        return 0
+
+    monkeypatch.setattr(cli, "_load", lambda module: types.SimpleNamespace(main=verb, run_cli=verb, run_tests=verb))
+    ours = [step.command[3:] for step in steps.all_steps(ROOT, GPU) if step.command[2] == "effnlp_lab"]
+    assert len(ours) > 15 and all(cli.main(list(command)) == 0 for command in ours)
+
+
+def test_solutions_at_full_size_have_ten_minutes_together(tree, monkeypatch):
+    planned = [counting(tree, f"solutions-full-{n}", "notebooks") for n in range(2)]
+    assert go(tree, planned)[0] == 0
+    for step in planned:
+        path = tree.parent / "out" / step.name / "step.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 301.0}))
+    code, report = go(tree, planned)
+    assert code == 1 and report["problems"] == ["solutions-full: 602 s in all, and at most 600 s are allowed."]
 
 
 def test_without_a_gpu_it_refuses(monkeypatch):

@@ -53,7 +53,8 @@ def test_a_new_lab_is_built_executed_and_audited(tree):
     assert told, done.stdout + done.stderr
     result = json.loads(told[0].removeprefix("RESULT "))
     assert result == [
-        0, 0, 0, 0, "Small shares", False, "small_shares", ["-m", "effnlp_lab", "build", NAME, "--execute"]]  # fmt: skip
+        0, 0, 0, 0, "Small shares", False, "small_shares",
+        ["-m", "effnlp_lab", "build", NAME, "--execute"]]  # fmt: skip
     assert "audit: 0 faults" in done.stdout
     release = nbformat.read(tree / "labs" / NAME / "small_shares.ipynb", as_version=4)
     nbformat.validate(release)
