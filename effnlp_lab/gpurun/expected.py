@@ -109,9 +109,9 @@ def _figure(name: str, title: str, suite: Mapping[str, Any], one: Mapping[str, A
     if ratio is None:
         why = one["missing"].get(peer, "it did not run")
         return Figure(name, title, peer, None, record, least, "peer missing", f"{peer}: {why}")
-    if least is None:
-        return Figure(name, title, peer, ratio, None, None, "new")
-    return Figure(name, title, peer, ratio, record, least, "ok" if ratio >= least else "below")
+    state = "new" if least is None else "ok" if ratio >= least else "below"
+    absent = "; ".join(f"{other} did not run: {why}" for other, why in one["missing"].items())
+    return Figure(name, title, peer, ratio, record, least, state, absent)
 
 
 def _same_device(suite: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:

@@ -233,6 +233,11 @@ def test_margins_and_floors_written_by_hand_are_kept_and_hold(tree):
     assert expected.load(path)["copy"] == {"device": "another card", "margin": 0.15, "ratios": {"Copy": 2.5}}
 
 
+def test_another_contestant_that_did_not_run_is_named_beside_the_figure():
+    (figure,) = expected.hold({}, {"copy": suite(2.0, missing={"third": "out of memory"})})
+    assert figure.state == "new" and figure.note == "third did not run: out of memory"
+
+
 def test_a_cpu_s_records_hold_for_as_many_cores():
     content = suite(3.0, kind="cpu")
     told = {"device": CARD, "cores": 4, "margin": 0.35, "ratios": {"Copy": 9.0}}
