@@ -31,7 +31,21 @@ SLOWER = 10.0  # times one's own time that a changed answer may take
 LEAST_SECONDS = 0.25
 LONGEST_INPUT = 700  # characters of an input that is shown
 LONGEST_RESULT = 260
+CUT = "beginning with"
 NUMBERS = 24  # of a tensor that are shown
+
+FILLED = """
+import torch
+
+def _filled(make):
+    def made(*arguments, **named):
+        out = make(*arguments, **named)
+        return out.fill_(float("nan") if out.is_floating_point() else 1)
+    return made
+
+torch.empty, torch.empty_like = _filled(torch.empty), _filled(torch.empty_like)
+torch.Tensor.new_empty = _filled(torch.Tensor.new_empty)
+"""  # new tensors that are not what happened to lie in memory: whoever reads them gives something else then
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,7 @@ class _Bench:
         self._right: dict[int, Any] = {}
         self.seconds = LEAST_SECONDS
         self.cases = self._showable_cases()
+        self.own: list[Outcome] | None = None  # of the code as it is, once it has run
         self.requests = [self._request(case) for case in self.cases]
         self.mutants: list[Mutant] = []
         self.table: dict[str, list[Outcome]] = {}
@@ -178,7 +193,8 @@ class _Bench:
                     (self._input(p), mutant.source, p) for p in (place, *sound[: OPTIONS - 1])])
 
     def _what_happens(self) -> Iterator[Question]:
-        for place in self._shuffled(range(len(self.cases))):
+        readable = [place for place, own in enumerate(self.own or ()) if CUT not in own.text]
+        for place in self._shuffled(readable):
             for mutant in self._shuffled([m for m in self.mutants if not self.table[m.id][place].right]):
                 happens = self.table[mutant.id][place]
                 others = {self.own[place].text: self.one.source}
@@ -205,10 +221,11 @@ class _Bench:
             return False
         for number, option in enumerate(question.options):
             place = option.case
-            responses = self.runner.run(option.source, [self.requests[place]], fresh=True)
-            if not responses:
+            texts = [option.source, *([FILLED + option.source] if "empty" in option.source else [])]
+            outcomes = [self._fresh_outcome(place, text) for text in texts]
+            outcome = outcomes[0]
+            if outcome is None or outcomes[-1] != outcome:  # it reads memory that nobody wrote
                 return False
-            outcome = self._outcome(place, responses[0])
             if question.kind == "what happens":
                 if outcome.text != option.text:
                     return False
@@ -216,15 +233,21 @@ class _Bench:
                 return False
         return True
 
+    def _fresh_outcome(self, place: int, source: str) -> Outcome | None:
+        responses = self.runner.run(source, [self.requests[place]], fresh=True)
+        return self._outcome(place, responses[0]) if responses else None
+
     def _showable_cases(self) -> list[Case]:
-        """Cases that can be shown, the shortest first; no two look alike."""
+        """Cases to show: those that can be read as a whole come first, long ones last. No two look alike."""
         found = {}
         for case in self.reference.cases(Rng(self.seed), dict(self.one.variant)):
             if case.device != "cuda":
                 found.setdefault(shown(case), case)
         short = sorted(text for text in found if len(text) <= LONGEST_INPUT)
+        whole = [text for text in short if CUT not in text]
         rest = sorted((text for text in found if len(text) > LONGEST_INPUT), key=len)
-        return [found[text] for text in [*self._shuffled(short), *rest][:CASES]]
+        order = [*self._shuffled(whole), *self._shuffled([text for text in short if CUT in text]), *rest]
+        return [found[text] for text in order[:CASES]]
 
     def _own_outcomes(self) -> bool:
         """Run the code as it is, twice; keep the cases on which it is right and the same both times."""
@@ -241,7 +264,7 @@ class _Bench:
         return bool(self.cases)
 
     def _request(self, case: Case) -> tuple[bytes, float]:
-        seconds = self.seconds if hasattr(self, "own") else self.one.exercise.seconds
+        seconds = self.one.exercise.seconds if self.own is None else self.seconds
         request = make_request(self.one.exercise, self.lab, case.inputs, seed=self.seed, device="cpu", seconds=seconds)
         return request, seconds
 
@@ -332,7 +355,7 @@ def value_text(value: Any) -> str:
         flat = value.detach().flatten()
         if flat.numel() <= NUMBERS:
             return f"tensor {kind}: {_numbers(value.tolist())}"
-        return f"tensor {kind}, beginning with {_numbers(flat[:6].tolist())}"
+        return f"tensor {kind}, {CUT} {_numbers(flat[:6].tolist())}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{value_text(k)}: {value_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
