@@ -80,9 +80,9 @@ def held(question: Question, lab: str) -> list[bool]:
     exercise = exercises.lab(lab).exercise(question.exercise)
     found = []
     for option in question.options:
-        wanted = question.case or option.text.split(": ")[0]
         reference = exercises.reference_of(exercise.name)
-        (case,) = [c for c in reference.cases(Rng(question.seed), question.variant) if c.name == wanted]
+        (case,) = [c for c in reference.cases(Rng(question.seed), question.variant)
+                   if c.name == question.case or not question.case and option.text.startswith(f"{c.name}: ")]
         answer = answer_from_source(lab, exercise.name, option.source)
         request = judge.make_request(exercise, lab, case.inputs, seed=question.seed, device="cpu", seconds=2.0)
         response = judge.read_response(answer_case(request, answer))
