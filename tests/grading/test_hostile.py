@@ -296,7 +296,8 @@ def _checks(notebook: nbformat.NotebookNode) -> list[tuple[str, float]]:
 
 
 def _deletes_checks(notebook):
-    notebook.cells = [c for c in notebook.cells if not c.metadata.get("nbgrader", {}).get("grade")]
+    notebook.cells = [c for c in notebook.cells
+                      if not (c.metadata.get("nbgrader", {}).get("grade") and c.cell_type == "code")]
 
 
 def _doubles_checks(notebook):

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from classes import LAB, ROOT, master_of
 from effnlp_grading import sample_class
+from effnlp_grading.plan import steps_of
 from effnlp_grading.repair import RepairError, read_submission, repair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -157,3 +158,15 @@ def test_anything_is_repaired_or_refused(cells, noise, kept):
             continue
         assert is_whole(done.notebook) and (done.sentences or answers_of(done.notebook) == answers_of(SUBMITTED))
         nbformat.validate(done.notebook)
+
+
+def test_a_prediction_is_read_from_the_cell_that_the_release_has_for_it():
+    """Neither from a cell that says it is one, nor from a check that was rewritten; a number in its place is kept."""
+    lab, notebook = MASTER.lab, copy.deepcopy(SUBMITTED)
+    cell = next(c for c in notebook.cells if c.metadata.get("effnlp", {}).get("predict") == "unknown_words")
+    cell.source = "my_unknown_words_of_100 = 77"
+    forged = nbformat.v4.new_code_cell("pass", metadata={"effnlp": {"predict": "unknown_words"}})
+    notebook.cells.insert(0, forged)
+    whole = repair(notebook, RELEASE).notebook
+    assert [s.source for s in steps_of(whole, lab) if s.predicts == "unknown_words"] == ["my_unknown_words_of_100 = 77"]
+    assert [s.exercise for s in steps_of(whole, lab) if s.kind == "predict"] == [p.name for p in lab.predictions]
