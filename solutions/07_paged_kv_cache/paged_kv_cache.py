@@ -244,8 +244,8 @@ effnlp_lab.variant("BlockManager")
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# The newest-first rule wants a list used as a stack (`append` and `pop`), the lowest-first rule a heap (`heapq`) or a
-# list that you take the minimum of.
+# The newest-first rule wants a list used as a stack (`append` and `pop`), the oldest-first rule a queue
+# (`collections.deque`), the other two a heap (`heapq`) or a list that you take the minimum or maximum of.
 # </details>
 # <details><summary>Hint 3</summary>
 #

@@ -454,8 +454,8 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor | float) -> torch.Tensor:
 
 
 # %% [markdown]
-# From which end the weights are added up makes no difference to the distribution, and all the difference to which token
-# a uniform gives. Your end:
+# In which order the weights are added up makes no difference to the distribution, and all the difference to which token
+# a uniform gives. Yours:
 
 # %%
 effnlp_lab.variant("speculative_step")
@@ -477,7 +477,8 @@ effnlp_lab.variant("speculative_step")
 # </details>
 # <details><summary>Hint 3</summary>
 #
-# If your end is the last: `len(weights) - 1 - draw(weights.flip(0), uniform)`. It holds for all draws of the step.
+# If your order is another than `draw`'s: with `order` a tensor of all tokens in it, `order[draw(weights[order], uniform)]`.
+# It holds for all draws of the step.
 # </details>
 
 # %% exercise="speculative_step"
@@ -500,8 +501,8 @@ def speculative_step(
     uniforms: [2 * gamma + 1] float32 in [0, 1): the first gamma draw the drafts, the next gamma test them
         (as in accept_drafts), the last draws the token that follows
     temperature, top_k, top_p: of sampling_distribution, for both models
-    Tokens are drawn by inverting the cumulative distribution, from the end that your variant says: the
-    first token, coming from that end, whose cumulative weight exceeds uniform * total.
+    Tokens are drawn by inverting the cumulative distribution, added up in the order of your variant: the
+    first token in that order whose cumulative weight exceeds uniform * total.
     Returns (new, drafts, tested): the accepted drafts and the token that follows, int64 [accepted + 1];
     all drafts, int64 [gamma]; and how many drafts were tested.
     """

@@ -4,7 +4,8 @@ STEP = """
 def speculative_step(target, drafter, prefix, gamma, uniforms, temperature, top_k, top_p):
     def pick(weights, u):
         weights = weights.tolist()
-        order = range(len(weights)) if {first} else range(len(weights) - 1, -1, -1)
+        up = list(range(len(weights)))
+        order = {order}
         wanted, seen = float(u) * sum(weights), 0.0
         for token in order:
             seen += weights[token]
@@ -119,7 +120,7 @@ def sampling_distribution(logits, temperature, top_k, top_p):
 """,
     ],
     "speculative_step": [
-        STEP.format(first=True),
+        STEP.format(order="up"),
         """
 def speculative_step(target, drafter, prefix, gamma, uniforms, temperature, top_k, top_p):
     draws, coins, last = uniforms.split([gamma, gamma, 1])
@@ -325,4 +326,7 @@ class DraftTree:
     ],
 }
 
-VARIANT_ANSWERS = {"speculative_step": {"draw_from=last": STEP.format(first=False)}}
+ORDERS = {"last": "up[::-1]", "even": "up[::2] + up[1::2]", "odd": "sorted(up, key=lambda x: (x % 2 == 0, x))"}
+VARIANT_ANSWERS = {
+    "speculative_step": {f"draw_from={name}": STEP.format(order=order) for name, order in ORDERS.items()}
+}

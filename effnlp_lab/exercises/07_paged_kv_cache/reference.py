@@ -116,7 +116,7 @@ class Books:
     def __init__(self, pages: int, order: str) -> None:
         self.held = [0] * pages
         self.order, self.clock = order, 0
-        self.since = [-page for page in range(pages)]  # page 0 as if it had become free last
+        self.since = [-page if order == "newest" else page - pages for page in range(pages)]  # page 0 comes first
 
     @property
     def free(self) -> list[int]:
@@ -127,7 +127,8 @@ class Books:
             return None
         taken = []
         for _ in range(count):
-            page = max(self.free, key=self.since.__getitem__) if self.order == "newest" else min(self.free)
+            best = max if self.order in ("newest", "highest") else min
+            page = best(self.free, key=self.since.__getitem__ if self.order in ("newest", "oldest") else None)
             self.held[page] = 1
             taken.append(page)
         return taken

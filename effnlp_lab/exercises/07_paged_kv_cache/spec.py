@@ -47,7 +47,7 @@ LAB = Lab(
             parts={"allocate and release": 0.4, "sharing": 0.3, "refusals": 0.3},
             seconds=5.0,
             forbidden=LIBRARIES,
-            variants={"order": ("newest", "lowest")},
+            variants={"order": ("newest", "lowest", "highest", "oldest")},
             variant_text={
                 "newest": (
                     "Your order rule: NEWEST first. The page that became free last is handed out first; at the "
@@ -56,6 +56,14 @@ LAB = Lab(
                 "lowest": (
                     "Your order rule: LOWEST first. Of all free pages the one with the lowest number is handed out "
                     "first, whenever it became free."
+                ),
+                "highest": (
+                    "Your order rule: HIGHEST first. Of all free pages the one with the highest number is handed out "
+                    "first, whenever it became free."
+                ),
+                "oldest": (
+                    "Your order rule: OLDEST first. The page that has been free longest is handed out first; at the "
+                    "beginning the pages come in the order 0, 1, 2, ..."
                 ),
             },
         ),

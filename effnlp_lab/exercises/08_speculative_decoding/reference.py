@@ -480,17 +480,24 @@ class SamplingDistribution(Reference):
     )
 
 
+def order_of(size: int, variant: Variant) -> list[int]:
+    """The tokens in the order in which the variant adds up their weights."""
+    up = list(range(size))
+    return {"first": up, "last": up[::-1], "even": up[::2] + up[1::2], "odd": up[1::2] + up[::2]}[variant["draw_from"]]
+
+
 def drawn(weights: Sequence[float], uniform: float, variant: Variant) -> int:
-    """The first token whose cumulative weight, from the variant's end, exceeds uniform * total."""
-    sums = list(accumulate(weights if variant["draw_from"] == "first" else reversed(weights)))
-    place = next(i for i, x in enumerate(sums) if x > uniform * sums[-1])
-    return place if variant["draw_from"] == "first" else len(weights) - 1 - place
+    """The first token whose cumulative weight, in the variant's order, exceeds uniform * total."""
+    order = order_of(len(weights), variant)
+    sums = list(accumulate(weights[token] for token in order))
+    return order[next(i for i, x in enumerate(sums) if x > uniform * sums[-1])]
 
 
 def uniform_for(weights: Sequence[float], token: int, variant: Variant) -> float:
     """The uniform in the middle of those that draw the token."""
-    ordered = weights[: token + 1] if variant["draw_from"] == "first" else weights[token:]
-    return (sum(ordered) - weights[token] / 2) / sum(weights)
+    order = order_of(len(weights), variant)
+    before = sum(weights[x] for x in order[: order.index(token)])
+    return (before + weights[token] / 2) / sum(weights)
 
 
 def rest_of(p: Sequence[float], q: Sequence[float]) -> list[float]:

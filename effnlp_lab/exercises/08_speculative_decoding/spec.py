@@ -73,10 +73,12 @@ LAB = Lab(
             parts={"accepted": 0.3, "rejected": 0.4, "sampling": 0.3},
             seconds=5.0,
             forbidden=LIBRARIES,
-            variants={"draw_from": ("first", "last")},
+            variants={"draw_from": ("first", "last", "even", "odd")},
             variant_text={
-                "first": "Your step draws from the FIRST end: it adds up weights from token 0 upwards.",
-                "last": "Your step draws from the LAST end: it adds up weights from the last token downwards.",
+                "first": "Your order of adding up: from the FIRST token, 0, upwards.",
+                "last": "Your order of adding up: from the LAST token downwards.",
+                "even": "Your order of adding up: the EVEN tokens 0, 2, 4, ... first, then 1, 3, 5, ...",
+                "odd": "Your order of adding up: the ODD tokens 1, 3, 5, ... first, then 0, 2, 4, ...",
             },
         ),
         Exercise(
