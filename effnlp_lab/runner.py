@@ -282,7 +282,7 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
         return _pytest([*command, *arguments], root, environment)
     for variable in _THREAD_VARIABLES:
         environment.setdefault(variable, str(max(1, usable_cores() // workers)))
-    spread = ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]
+    spread = ["-n", str(workers), "--dist", "loadgroup"]  # what shares an expensive fixture stays together
     if kind == "cpu":
         return _pytest([*command, *spread, *arguments], root, environment)
     together = _pytest([*command, *spread, "-m", "(gpu or notebook) and not alone", *arguments], root, environment)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effnlp_lab.device import resolve
-from effnlp_lab.errors import UsageError
+from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, report
 from effnlp_lab.gpurun.execute import commit_of, execute, tree_key
 from effnlp_lab.gpurun.steps import Step, all_steps, choose
@@ -30,6 +30,8 @@ def main(only: Sequence[str] = (), force: bool = False, out: Path | None = None,
         print(f"wrote {expected.record(root / 'benchmarks').relative_to(root)}")
         return 0
     device = resolve("cuda", "0")
+    if device.kind != "cuda":  # EFFNLP_DEVICE holds for notebooks, and would send this to the CPU for hours
+        raise DeviceError("The GPU run is for a CUDA device, and EFFNLP_DEVICE asks for the CPU: unset it.")
     steps = all_steps(root, device)
     if listed:
         print("\n".join(f"{step.part:<11}{step.name}" for step in steps))

@@ -68,7 +68,7 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def _spread(workers: int) -> tuple[str, ...]:
-    return ("-n", str(workers), "--dist", "load", "--maxschedchunk", "1") if workers > 1 else ()
+    return ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
 
 
 def _tests() -> list[Step]:

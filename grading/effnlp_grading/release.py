@@ -28,7 +28,8 @@ KIT = Path(effnlp_lab.__file__).resolve().parent
 GRADER = Path(__file__).resolve().parent
 MARK = ".effnlp-release.json"
 README = Path(__file__).with_name("student_readme.md")
-INSTRUCTORS = {"audit.py", "build.py", "master.py", "mutate.py", "mutation", "policy.py"}  # of effnlp_lab
+INSTRUCTORS = {"audit.py", "build.py", "gpurun", "master.py", "mutate.py", "mutation", "new_lab.py", "new_lab_texts.py",
+               "policy.py"}  # of effnlp_lab
 PLAIN_FILES = ("LICENSE", "LICENSE-prose", "constraints.txt", "docs/machines.md", ".gitattributes")
 SECTIONS_LEFT_OUT = ("[tool.ruff", "[tool.pytest", "[tool.effnlp")
 EXTRAS_LEFT_OUT = ("grading", "test")
@@ -88,9 +89,10 @@ def _files(course: Course, root: Path) -> Iterator[tuple[str, bytes]]:
         yield f"labs/{name}/{path.name}", text
     for path in sorted(KIT.rglob("*")):
         inner = path.relative_to(KIT)
-        if path.is_file() and "__pycache__" not in inner.parts and inner.parts[0] not in INSTRUCTORS:
+        cached = any(part == "__pycache__" or part.startswith(".") for part in inner.parts)
+        if path.is_file() and not cached and inner.parts[0] not in INSTRUCTORS:
             yield f"effnlp_lab/{inner}", _of_kit(path)
-    for name in sorted({"__init__", "cli", "progress", *_needed_by("replay")}):
+    for name in sorted({"__init__", "cli", "course_verbs", "progress", *_needed_by("replay")}):
         yield f"grading/effnlp_grading/{name}.py", (GRADER / f"{name}.py").read_bytes()
     for name in PLAIN_FILES:
         yield name, (root / name).read_bytes()

@@ -25,8 +25,9 @@ from effnlp_grading.sandbox import sandbox_error
 
 from effnlp_lab import exercises
 
+pytestmark = [pytest.mark.xdist_group("class scale")]
 if sandbox_error() is not None and wants_sandbox():
-    pytestmark = pytest.mark.skip(reason=f"NO SANDBOX HERE: {sandbox_error()}")
+    pytestmark.append(pytest.mark.skip(reason=f"NO SANDBOX HERE: {sandbox_error()}"))
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from semester import Semester
 
 from effnlp_lab import exercises
 
+pytestmark = [pytest.mark.xdist_group("semester")]
 if sandbox_error() is not None and wants_sandbox():
-    pytestmark = pytest.mark.skip(reason=f"NO SANDBOX HERE: {sandbox_error()}")
+    pytestmark.append(pytest.mark.skip(reason=f"NO SANDBOX HERE: {sandbox_error()}"))
 
 SIZE = int(os.environ.get("EFFNLP_SEMESTER", "4"))
 IS_WHOLE = SIZE > 12

@@ -299,7 +299,11 @@ def test_solutions_at_full_size_have_ten_minutes_together(tree, monkeypatch):
 
 def test_without_a_gpu_it_refuses(monkeypatch):
     monkeypatch.setattr("effnlp_lab.device.cuda_available", lambda: False)
+    monkeypatch.delenv("EFFNLP_DEVICE", raising=False)
     with pytest.raises(DeviceError, match="CUDA"):
+        main.main()
+    monkeypatch.setenv("EFFNLP_DEVICE", "cpu")
+    with pytest.raises(DeviceError, match="EFFNLP_DEVICE asks for the CPU"):
         main.main()
 
 

@@ -19,6 +19,8 @@ from effnlp_lab import runner
 from effnlp_lab.device import GIB, Device, resolve
 from effnlp_lab.errors import UsageError
 
+pytestmark = pytest.mark.xdist_group("runner")  # one run of its notebooks for all
+
 PARAMETERS = new_code_cell('DEVICE = "auto"\nFAST = "auto"', metadata={"tags": ["parameters"]})
 RAISING = "def {0}(x):\n    raise NotImplementedError('{0}')"
 BLANK = new_code_cell(RAISING.format("double"), metadata={"nbgrader": {"solution": True}})
