@@ -28,9 +28,12 @@ PEER = "bitsandbytes 8-bit"
 FUSED = "torch fused, 32-bit"
 QUEUED = 0.15
 """Seconds that the GPU is kept busy while the host starts a step: bitsandbytes launches a kernel for every tensor."""
-TIE = 1e-3
-"""Two codes are as near to a value as each other when its distances to them differ by less than this part of their
-distance. Both sides square, scale and divide in float32, and find the place among at most 256 cells.
+TIE = 64 * 2**-24
+"""Two codes are as near to a value as each other when its distances to them differ by no more than this part of it.
+
+Float32 rounds by 2^-24. A value is squared, scaled and divided by its block's largest: some nine roundings. Its place
+among 128 to 256 cells, a number as large as the cells' number, costs as much as 18 more at the small end of a decade.
+Such an error moves a value twice as far from one code as it seems to be from the other.
 """
 ROWS, LENGTH = 16, 512
 # One saving after another: what each rung changes in the one above it.
@@ -119,12 +122,12 @@ def _verify(parameters: Iterable[torch.Tensor], ours, theirs) -> str:
             count, gap = _differing(state[mine].flatten(), other[name].flatten(), values.flatten(), mine == "exp_avg")
             different, total, furthest = different + count, total + gradient.numel(), max(furthest, gap)
     return (f"of {total:,} codes of both states {different / total:.3%} are not bitsandbytes' own: each a tie between "
-            f"two codes (to {furthest:.1e} of a cell at worst), or a negative number nearest to zero")
+            f"two codes (to {furthest:.1e} of the value at worst), or a negative number nearest to zero")
 
 
 def _differing(ours: torch.Tensor, theirs: torch.Tensor, values: torch.Tensor,
                signed: bool) -> tuple[int, float]:  # fmt: skip
-    """How many codes differ, all of them ties or signed zeros, and the furthest from a tie, in parts of a cell.
+    """How many codes differ, all of them ties or signed zeros, and the furthest from a tie, in parts of the value.
 
     values: float64, encoded in blocks of 256.
     """
@@ -135,8 +138,7 @@ def _differing(ours: torch.Tensor, theirs: torch.Tensor, values: torch.Tensor,
     levels = dynamic_map(signed, values.device).double()
     off = [(levels[codes.long()] - scaled).abs() for codes in (ours, theirs)]
     signed_zero = signed & (ours == 127) & (theirs == 126) & torch.signbit(scaled)
-    cell = (levels[ours.long()] - levels[theirs.long()]).abs()
-    gap = torch.where(signed_zero, 0.0, (off[0] - off[1]).abs() / cell)
+    gap = torch.where(signed_zero, 0.0, (off[0] - off[1]).abs() / scaled.abs())
     furthest = gap.max().item() if len(gap) else 0.0
     if furthest > TIE:
         raise AssertionError(f"{(gap > TIE).sum()} codes differ from bitsandbytes' and are no ties: {furthest:.1e}.")
