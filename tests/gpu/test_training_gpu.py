@@ -48,14 +48,10 @@ def assert_same_codes(ours, theirs, values, signed, what):
     And but for zero: bitsandbytes keeps the sign of what it encodes, so that -0.0 and what is nearest to zero from
     below get the code under zero's. values: what is encoded, float64; each block of 256 divided by its largest.
     """
-    blocks = nn.functional.pad(values, (0, -len(values) % 256)).unflatten(0, (-1, 256))
-    scaled = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()[: len(values)]
-    levels = dynamic_map(signed, values.device).double()
-    off = [(levels[codes.long()] - scaled).abs() for codes in (ours, theirs)]
-    tie = (off[0] - off[1]).abs() <= 1e-6 * scaled.abs()
-    signed_zero = signed & (ours == 127) & (theirs == 126) & torch.signbit(scaled)
-    same = (ours == theirs) | tie | signed_zero
-    assert same.all(), f"{what}: {(~same).sum()} codes differ"
+    try:
+        benchmark().differing(ours, theirs, values, signed, tie=1e-6)
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
     assert (ours != theirs).double().mean() < 0.01, what
 
 
