@@ -282,12 +282,17 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
         return _pytest([*command, *arguments], root, environment)
     for variable in _THREAD_VARIABLES:
         environment.setdefault(variable, str(max(1, usable_cores() // workers)))
-    spread = ["-n", str(workers), "--dist", "loadgroup"]  # what shares an expensive fixture stays together
+    spread = spread_over(workers)
     if kind == "cpu":
         return _pytest([*command, *spread, *arguments], root, environment)
     together = _pytest([*command, *spread, "-m", "(gpu or notebook) and not alone", *arguments], root, environment)
     alone = _pytest([*command, "-m", "alone", *arguments], root, environment)
     return max(together, alone)
+
+
+def spread_over(workers: int) -> tuple[str, ...]:
+    """pytest's arguments for so many processes: tests that share an expensive fixture stay on one."""
+    return ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
 
 
 def workers_for_tests() -> int:

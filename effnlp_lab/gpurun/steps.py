@@ -12,7 +12,7 @@ from effnlp_lab.errors import UsageError
 from effnlp_lab.gpurun import findings
 from effnlp_lab.gpurun.findings import Found
 from effnlp_lab.notebook.bench import needs, suites
-from effnlp_lab.runner import GPU_BYTES_PER_NOTEBOOK, find_notebooks, workers_for_tests
+from effnlp_lab.runner import GPU_BYTES_PER_NOTEBOOK, find_notebooks, spread_over, workers_for_tests
 
 PARTS = {
     "tests": "the tests under tests/gpu",
@@ -67,14 +67,10 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "--device=cuda", "--junitxml={folder}/junit.xml", "--color=no", *arguments)
 
 
-def _spread(workers: int) -> tuple[str, ...]:
-    return ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
-
-
 def _tests() -> list[Step]:
-    workers = workers_for_tests()
+    spread = spread_over(workers_for_tests())
     return [
-        Step("tests-together", "tests", _pytest("tests/gpu", "-m", "not alone", *_spread(workers)), findings.pytest),
+        Step("tests-together", "tests", _pytest("tests/gpu", "-m", "not alone", *spread), findings.pytest),
         Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest),
     ]
 
@@ -94,7 +90,7 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
             run("labs-fast", "--student", "--fast")]  # fmt: skip
     for group in groups:
         which = " or ".join(f"test_solution[{lab[3:]}]" for lab in group)
-        command = _pytest("tests/notebooks/test_run.py", "-k", which, *_spread(min(at_once, len(group))))
+        command = _pytest("tests/notebooks/test_run.py", "-k", which, *spread_over(min(at_once, len(group))))
         rest.append(Step(f"nbval-{_span(group)}", "notebooks", command, findings.pytest,
                          environment={"EFFNLP_FAST": None}))  # fmt: skip
     return [*full, *rest]
