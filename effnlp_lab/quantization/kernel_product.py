@@ -35,6 +35,19 @@ def after_the_kernel_before(EARLY: tl.constexpr):
 
 
 @triton.jit
+def fetch_ahead(Plane, block, end, rows, row, RUN: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
+    """Ask for the first AHEAD lines of 128 bytes of words of blocks before `end` to come into the L2 cache."""
+    LINES: tl.constexpr = BLOCK_N * RUN // 32  # of one block
+    lane = tl.arange(0, AHEAD)
+    here = block + lane // LINES
+    word = (row * RUN + lane % LINES * 32) % (rows * RUN)
+    place = tl.minimum(here, end - 1) * rows * RUN + word
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [Plane + place], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def words_at(Plane, block, end, rows, row, word, RUN: tl.constexpr):
     """Words [BLOCK_N, ...] of blocks before `end`: read once by one program, so the first to leave the cache."""
     place = (block * rows + row[:, None]) * RUN + word[None, :]
@@ -77,21 +90,38 @@ def codes_of(low0, low1, high, i, BITS: tl.constexpr):
 
 
 @triton.jit
+def centred_in_place(words, zero, exponent, i: tl.constexpr, BITS: tl.constexpr):
+    """`centred` of code i of words [N, K], most without a shift: at bit AT a code counts 2^AT times itself.
+
+    exponent: the bits of 2^23. An argument of the kernel, and not a constant, lies in a register: then "and" and "or"
+    are one instruction.
+    """
+    AT: tl.constexpr = BITS * i if BITS * i + BITS <= 23 else BITS * i - 12
+    if AT == BITS * i:
+        bits = words & (((1 << BITS) - 1) << AT)
+    else:
+        bits = (words >> 12) & (((1 << BITS) - 1) << AT)
+    large = (bits | exponent).to(tl.float32, bitcast=True)
+    return large * (1.0 / (1 << AT)) - (zero + 8388608.0 / (1 << AT))[:, None]
+
+
+@triton.jit
 def group_product(
-    X, Scale, Zero, low0, low1, high, row, m, word, first, index, inputs, rows, columns, stride_x,
-    BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, PRECISION: tl.constexpr,
+    x_at, low0, low1, high, scale, zero, word, first, index, columns, exponent,
+    BITS: tl.constexpr, RUN: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What PER runs of columns from `first`, which share a scale, add to the tile; index: the first code."""
-    scale, zero = grid_of(Scale, Zero, first, row, rows, columns, GROUP)
-    sums = tl.zeros((row.shape[0], m.shape[0]), dtype=tl.float32)
+    sums = tl.zeros((scale.shape[0], x_at.shape[1]), dtype=tl.float32)
     for i in tl.static_range(PER):
-        k = first + i * RUN + word
-        x = tl.load(
-            X + m[None, :].to(tl.int64) * stride_x + k[:, None],
-            mask=(m < inputs)[None, :] & (k < columns)[:, None], other=0.0,
-        )  # fmt: skip
-        w = centred(codes_of(low0, low1, high, index + i, BITS), zero).to(x.dtype)
-        sums = tl.dot(w, x, sums, input_precision=PRECISION)
+        if EVEN:
+            x = tl.load(x_at + (first + i * RUN))
+        else:
+            x = tl.load(x_at + (first + i * RUN), mask=(first + i * RUN + word < columns)[:, None], other=0.0)
+        if BITS == 3:
+            w = centred(codes_of(low0, low1, high, index + i, BITS), zero)
+        else:
+            w = centred_in_place(low0, zero, exponent, index + i, BITS)
+        sums = tl.dot(w.to(x.dtype), x, sums, input_precision=PRECISION)
     return sums * scale[:, None]
 
 
@@ -134,35 +164,46 @@ def finish(
 @triton.jit(do_not_specialize=["inputs", "splits"])
 def product_kernel(
     X, Plane0, Plane1, Scale, Zero, Bias, Out, Parts, Counters, inputs, rows, columns, blocks, splits, stride_x,
+    exponent,
     BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Out [inputs, rows] = X [inputs, columns] W'. PER: runs of columns that share a scale; SPLIT: several parts."""
-    after_the_kernel_before(EARLY)
     tile, split, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = band * BLOCK_M + tl.arange(0, BLOCK_M)
     word = tl.arange(0, RUN)
     COUNT: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # runs of columns in a block
     share = tl.cdiv(blocks, splits)
+    if AHEAD:
+        TILES: tl.constexpr = 2 if BITS == 3 else 1
+        fetch_ahead(Plane0, TILES * split * share, TILES * blocks, rows, tile * BLOCK_N, RUN, BLOCK_N, AHEAD)
+    scale, zero = grid_of(Scale, Zero, split * share * (COUNT * RUN), row, rows, columns, GROUP)
+    after_the_kernel_before(EARLY)
+    known = tl.minimum(m, inputs - 1).to(tl.int64)  # what is beyond is not written
+    x_at = X + known[None, :] * stride_x + word[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(split * share, tl.minimum(split * share + share, blocks), num_stages=STAGES):
         low0, low1, high = words_of(Plane0, Plane1, block, blocks, rows, row, word, BITS, RUN)
         if BITS == 3:  # 32 runs in a row would take the compiler a minute
             for part in range(COUNT // PER):
                 first = block * (COUNT * RUN) + part * (PER * RUN)
+                scale1, zero1 = grid_of(Scale, Zero, first + PER * RUN, row, rows, columns, GROUP)  # of the next
                 total += group_product(
-                    X, Scale, Zero, low0, low1, high, row, m, word, first, part * PER, inputs, rows, columns, stride_x,
-                    BITS, RUN, GROUP, PER, PRECISION,
+                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns, exponent,
+                    BITS, RUN, PER, EVEN, PRECISION,
                 )  # fmt: skip
+                scale, zero = scale1, zero1
         else:
             for part in tl.static_range(COUNT // PER):
                 first = block * (COUNT * RUN) + part * (PER * RUN)
+                scale1, zero1 = grid_of(Scale, Zero, first + PER * RUN, row, rows, columns, GROUP)
                 total += group_product(
-                    X, Scale, Zero, low0, low1, high, row, m, word, first, part * PER, inputs, rows, columns, stride_x,
-                    BITS, RUN, GROUP, PER, PRECISION,
+                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns, exponent,
+                    BITS, RUN, PER, EVEN, PRECISION,
                 )  # fmt: skip
+                scale, zero = scale1, zero1
 
     counter = Counters + band * tl.num_programs(0) + tile
     finish(total, row, m, rows, inputs, split, splits, counter, Bias, Out, Parts, SPLIT, HAS_BIAS)

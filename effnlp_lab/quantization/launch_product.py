@@ -29,6 +29,10 @@ ONE_ROW = 4096
 """Columns that a step of `row_kernel` takes."""
 
 
+AHEAD = 256
+"""Lines of 128 bytes that a program of `product_kernel` asks for while the kernel before it still runs."""
+
+
 def tile_for(inputs: int, run: int, itemsize: int, arch: int, bits: int = 4) -> Tile:
     """The tile for so many rows of X: timed on sm_90, chosen to compile and to fit elsewhere."""
     if arch == 0:  # Triton's interpreter: as few tiles as may be
@@ -77,8 +81,9 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
         row_kernel[(tiles, split)](x, *arguments, rows, weight.columns, blocks, split, BLOCK_B=block_b, **sizes)
     else:
         product_kernel[(tiles, split, bands)](
-            x, *arguments, inputs, rows, weight.columns, blocks, split, x.stride(0), BLOCK_M=tile.inputs,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tile.stages, **sizes,
+            x, *arguments, inputs, rows, weight.columns, blocks, split, x.stride(0), 0x4B000000, BLOCK_M=tile.inputs,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tile.stages, AHEAD=AHEAD if early else 0,
+            EVEN=weight.columns % (count * weight.run) == 0, **sizes,
         )  # fmt: skip
     return out
 

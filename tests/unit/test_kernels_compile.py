@@ -194,6 +194,7 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
             )
         else:
             constants |= {"BLOCK_M": tile.inputs, "STAGES": tile.stages}
+            constants |= {"AHEAD": launch_product.AHEAD if constants["EARLY"] else 0, "EVEN": True}
             constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
         warps = tile.warps
     elif kernel == "gptq columns":
