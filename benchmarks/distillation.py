@@ -34,7 +34,7 @@ ROWS, VOCABULARY, WIDTHS = 8192, 128_256, (2048, 4096)
 LOSSES = {"JSD": ("jsd", 0.5), "forward KL": ("forward_kl", 0.0)}
 SOME = 128
 """Rows whose gradients are compared with float64."""
-STEPS, BATCH, LENGTH = 1000, 64, 256
+STEPS, BATCH, LENGTH = 600, 64, 256
 
 
 def run(device: Device, folder: Path) -> list[Comparison]:

@@ -90,24 +90,20 @@ def codes_of(low0, low1, high, i, BITS: tl.constexpr):
 
 
 @triton.jit
-def centred_in_place(words, zero, exponent, i: tl.constexpr, BITS: tl.constexpr):
-    """`centred` of code i of words [N, K], most without a shift: at bit AT a code counts 2^AT times itself.
-
-    exponent: the bits of 2^23. An argument of the kernel, and not a constant, lies in a register: then "and" and "or"
-    are one instruction.
-    """
+def centred_in_place(words, zero, i: tl.constexpr, BITS: tl.constexpr):
+    """`centred` of code i of words [N, K], most without a shift: at bit AT a code counts 2^AT times itself."""
     AT: tl.constexpr = BITS * i if BITS * i + BITS <= 23 else BITS * i - 12
     if AT == BITS * i:
         bits = words & (((1 << BITS) - 1) << AT)
     else:
         bits = (words >> 12) & (((1 << BITS) - 1) << AT)
-    large = (bits | exponent).to(tl.float32, bitcast=True)
+    large = (bits | 0x4B000000).to(tl.float32, bitcast=True)
     return large * (1.0 / (1 << AT)) - (zero + 8388608.0 / (1 << AT))[:, None]
 
 
 @triton.jit
 def group_product(
-    x_at, low0, low1, high, scale, zero, word, first, index, columns, exponent,
+    x_at, low0, low1, high, scale, zero, word, first, index, columns,
     BITS: tl.constexpr, RUN: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What PER runs of columns from `first`, which share a scale, add to the tile; index: the first code."""
@@ -120,7 +116,7 @@ def group_product(
         if BITS == 3:
             w = centred(codes_of(low0, low1, high, index + i, BITS), zero)
         else:
-            w = centred_in_place(low0, zero, exponent, index + i, BITS)
+            w = centred_in_place(low0, zero, index + i, BITS)
         sums = tl.dot(w.to(x.dtype), x, sums, input_precision=PRECISION)
     return sums * scale[:, None]
 
@@ -164,7 +160,6 @@ def finish(
 @triton.jit(do_not_specialize=["inputs", "splits"])
 def product_kernel(
     X, Plane0, Plane1, Scale, Zero, Bias, Out, Parts, Counters, inputs, rows, columns, blocks, splits, stride_x,
-    exponent,
     BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
@@ -191,7 +186,7 @@ def product_kernel(
                 first = block * (COUNT * RUN) + part * (PER * RUN)
                 scale1, zero1 = grid_of(Scale, Zero, first + PER * RUN, row, rows, columns, GROUP)  # of the next
                 total += group_product(
-                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns, exponent,
+                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns,
                     BITS, RUN, PER, EVEN, PRECISION,
                 )  # fmt: skip
                 scale, zero = scale1, zero1
@@ -200,7 +195,7 @@ def product_kernel(
                 first = block * (COUNT * RUN) + part * (PER * RUN)
                 scale1, zero1 = grid_of(Scale, Zero, first + PER * RUN, row, rows, columns, GROUP)
                 total += group_product(
-                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns, exponent,
+                    x_at, low0, low1, high, scale, zero, word, first, part * PER, columns,
                     BITS, RUN, PER, EVEN, PRECISION,
                 )  # fmt: skip
                 scale, zero = scale1, zero1

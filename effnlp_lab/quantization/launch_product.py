@@ -47,8 +47,10 @@ def tile_for(inputs: int, run: int, itemsize: int, arch: int, bits: int = 4) -> 
     if arch in (86, 89) or arch >= 120:  # 99 KiB of shared memory
         return Tile(64, min(width, 32), 4, 2)
     if width == 16:
-        return Tile(64, 16, 4, 2, 12)
-    return Tile(64, width, 4, 2 if bits == 2 else 3, 4 if width < 64 or inputs > 64 else 2)
+        return Tile(64, 16, 4, 2, 6)
+    if width == 64 and inputs <= 64:
+        return Tile(64, 64, 4, 2, 2)
+    return Tile(64, width, 4, 2 if bits == 2 else 3)
 
 
 def starts_early(arch: int) -> bool:
@@ -81,7 +83,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
         row_kernel[(tiles, split)](x, *arguments, rows, weight.columns, blocks, split, BLOCK_B=block_b, **sizes)
     else:
         product_kernel[(tiles, split, bands)](
-            x, *arguments, inputs, rows, weight.columns, blocks, split, x.stride(0), 0x4B000000, BLOCK_M=tile.inputs,
+            x, *arguments, inputs, rows, weight.columns, blocks, split, x.stride(0), BLOCK_M=tile.inputs,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tile.stages, AHEAD=AHEAD if early else 0,
             EVEN=weight.columns % (count * weight.run) == 0, **sizes,
         )  # fmt: skip

@@ -363,7 +363,7 @@ from effnlp_lab.notebook.meter import measure
 
 if device.kind == "cpu" and device.fast:
     torch.set_num_threads(1)  # products this small: a second thread would mostly wait for the first
-LENGTH, BATCH, STEPS, HELD_OUT = device.pick(fast=(40, 4, 8, 16), full=(256, 8, 150, 64))
+LENGTH, BATCH, STEPS, HELD_OUT = device.pick(fast=(40, 4, 8, 16), full=(256, 8, 100, 64))
 base_model = load_model("course-base", device=device, dtype="float32")
 tokenizer = load_tokenizer("course-base")
 
@@ -615,7 +615,7 @@ for r in ranks:
 # factors around each method's own best.
 
 # %% tags=["demo"] needs=["LoRALinear", "inject", "Bottleneck"]
-factors = device.pick(fast=(0.25, 1, 4), full=(1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16))
+factors = device.pick(fast=(0.25, 1, 4), full=(1 / 16, 1 / 4, 1, 4, 16))
 compared = device.pick(fast=("full fine-tuning", "LoRA, r = 8"),
                        full=("full fine-tuning", "bottleneck", "LoRA, r = 8"))
 swept = {name: [runs[name].test if factor == 1 else adapt(METHODS[name], factor * rate_of[name])[0].test

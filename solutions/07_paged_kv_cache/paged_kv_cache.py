@@ -748,7 +748,7 @@ my_times_faster_than_padded = None  # your guess
 from effnlp_lab.course.text import load_text
 from effnlp_lab.paged import Engine, SamplingParams
 
-REQUESTS, SHORTEST, LONGEST = device.pick(fast=(12, 2, 32), full=(96, 16, 320))
+REQUESTS, SHORTEST, LONGEST = device.pick(fast=(12, 2, 32), full=(48, 16, 200))
 BATCHES = device.pick(fast=(1, 2, 4), full=(1, 4, 16, 48))
 dice = random.Random(5)
 stream = tokenizer("".join(load_text("course-heldout", limit_bytes=device.pick(fast=20_000, full=800_000)).texts()))
@@ -871,7 +871,7 @@ print("cache of all requests at their full length: " + ", ".join(
 
 # %% tags=["demo"] needs=["cache_bytes", "BlockManager", "PagedSequence", "SharedSequence", "paged_attention"]
 LOADS = device.pick(fast=(0.5, 1.0, 2.0), full=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0))
-COUNT = device.pick(fast=16, full=192)
+COUNT = device.pick(fast=16, full=96)
 capacity = rates["continuous batching"][-1] / (sum(wanted) / REQUESTS)  # requests a second
 engine = Engine(model, max_batch=BATCHES[-1], max_length=2 * LONGEST, prefix_caching=False)
 if device.kind == "cuda":

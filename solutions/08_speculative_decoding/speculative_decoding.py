@@ -80,7 +80,7 @@ for model in (target, drafter):
     model.generation_config.eos_token_id = None  # every run below makes the same number of tokens
 tokenizer = load_tokenizer("course-base")
 PROMPT, COUNT = device.pick(fast=(64, 3), full=(128, 24))  # tokens, and texts
-GENERATE, TEXTS = device.pick(fast=(24, 2), full=(256, 6))
+GENERATE, TEXTS = device.pick(fast=(24, 2), full=(128, 4))
 
 
 @torch.no_grad()
@@ -1298,7 +1298,7 @@ contestants = {
     "assisted": lambda: by_transformers(assistant_model=drafter),
 }
 texts, times = {}, {name: [] for name in contestants}
-for _ in range(device.pick(fast=2, full=4)):  # in turns; the first makes graphs and buffers
+for _ in range(device.pick(fast=2, full=3)):  # in turns; the first makes graphs and buffers
     for name, work in contestants.items():
         spent, texts[name] = seconds_of(work)
         times[name].append(spent / (GENERATE * TEXTS))
