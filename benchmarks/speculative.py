@@ -138,7 +138,7 @@ def speed_table(name: str, kind: Callable, target, draft, texts: list[Tensor], n
             seconds[f"{PLAIN}, temperature {temperature:g}"] = [base]
             for method, decoder in own.items():
                 each, alpha, per_step = step_seconds(decoder, texts, new)
-                c = draft_seconds(decoder) / gamma / base
+                c = decoder.seconds_of_drafts() / gamma / base
                 measured, predicted = base / each, room.speedup(alpha, gamma, c)
                 counted = per_step / (gamma * c + 1)
                 lines.append(
@@ -177,24 +177,3 @@ def step_seconds(decoder: room.SpeculativeDecoder, texts: list[Tensor], new: int
         if number:
             rounds.append(sum(x.seconds for x in made) / tokens)
     return statistics.median(rounds), accepted / max(tested, 1), tokens / steps
-
-
-def draft_seconds(decoder: room.SpeculativeDecoder, repeats: int = 50) -> float:
-    """Of the drafts of one step, as a graph of their own."""
-    state, gamma = decoder.state, decoder.gamma
-    arguments = (state.tokens, state.held, gamma, state.uniforms[:, :gamma], decoder.sampling, False)
-    with torch.no_grad():
-        decoder.drafter.draft(*arguments)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            decoder.drafter.draft(*arguments)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3):
-        graph.replay()
-    begin.record()
-    for _ in range(repeats):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000 / repeats

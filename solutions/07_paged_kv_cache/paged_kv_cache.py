@@ -798,6 +798,7 @@ def by_generate_batch():
 
     settings = GenerationConfig(max_new_tokens=max(wanted), do_sample=False, eos_token_id=-1,
                                 pad_token_id=config.pad_token_id)
+    model.set_attn_implementation("paged|sdpa")  # by itself it would take flash-attn, which has no float32
     with model.continuous_batching_context_manager(generation_config=settings) as manager:
         for warm in (True, False):
             begin = time.perf_counter()
@@ -807,8 +808,8 @@ def by_generate_batch():
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
                     left.discard(result.request_id)
-                elif time.perf_counter() > begin + 120:
-                    raise TimeoutError("no answer within two minutes")
+                elif not manager.is_running() or time.perf_counter() > begin + 60:
+                    raise RuntimeError("it stopped, or gave no answer within a minute")
     return sum(wanted) / (time.perf_counter() - begin)
 
 

@@ -105,6 +105,19 @@ def test_adaptive_gamma_changes_no_token(course, prompts, greedy):
     assert len({new for row in made.statistics.trace for _, new in row}) > 3
 
 
+def test_drafts_are_timed_and_change_nothing(course, prompts, greedy):
+    target, draft = course
+    decoder, short = (room.SpeculativeDecoder(target, draft, gamma=gamma, ends=()) for gamma in (4, 1))
+    with pytest.raises(UsageError, match="generate something first"):
+        decoder.seconds_of_drafts()
+    before = decoder.generate(prompts, 12).sequences
+    short.generate(prompts, 12)
+    assert 0 < short.seconds_of_drafts(repeats=9) < decoder.seconds_of_drafts(repeats=9)
+    assert all(torch.equal(a, b) for a, b in zip(decoder.generate(prompts, 12).sequences, before, strict=True))
+    with pytest.raises(UsageError, match="give a drafter"):
+        room.SpeculativeDecoder(target, None).seconds_of_drafts()
+
+
 def test_rows_end_at_an_end_token(course, prompts, greedy):
     end = int(greedy[1][len(prompts[1]) + 5])
     made = room.SpeculativeDecoder(*course, gamma=4, ends=[end]).generate(prompts, NEW_GREEDY)
