@@ -39,6 +39,8 @@ class Connection:
         self.limits, self.defences = limits, sandbox.defences
         self.memory = memory or limits.memory * (8 if sandbox.device == "cuda" else 1)  # CUDA's own is large
         self._gpu = gpu
+        if gpu is not None:
+            gpu.begin()
         self._session = sandbox.spawn(limits, memory)
         self._channel = self._session.channel
         self._channel.settimeout(None)

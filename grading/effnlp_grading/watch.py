@@ -12,6 +12,8 @@ from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GPU_INTERVAL = 0.25
+GPU_BACK = 3.0
+"""Seconds that the card is given to have an ended session's memory back."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ class GpuWatch:
     @property
     def works(self) -> bool:
         return self._nvml is not None or shutil.which("nvidia-smi") is not None
+
+    def begin(self) -> None:
+        """A session begins: what the one before it held is forgotten, once the card has it back."""
+        until = time.monotonic() + GPU_BACK
+        while self._last and self._card() > self._before + self._last // 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        self._last, self._next = 0, 0.0
 
     def used(self, root: int) -> int:
         """Bytes that the processes under `root` hold on the card; looks at most four times a second."""

@@ -1,0 +1,57 @@
+"""The watch on the card's memory, on a card that is made up: what one session took is not held against the next."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from effnlp_grading import watch
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """(used bytes by moment, a watch that sees nothing but the whole card's memory, as in a container)"""
+    held = {"bytes": GIB}
+    monkeypatch.setattr(watch.GpuWatch, "works", True)
+    monkeypatch.setattr(watch.GpuWatch, "_card", lambda self: held["bytes"])
+    monkeypatch.setattr(watch.GpuWatch, "_by_process", lambda self: {})
+    return held, watch.GpuWatch()
+
+
+def test_a_session_does_not_pay_for_the_one_before(card):
+    held, gpu = card
+    gpu.begin()
+    held["bytes"] = 6 * GIB
+    assert gpu.used(os.getpid()) == 5 * GIB
+    held["bytes"] = GIB  # the first session was ended
+    gpu.begin()
+    assert gpu.used(os.getpid()) == 0  # at once, not a quarter of a second later
+
+
+def test_a_session_begins_when_the_card_has_its_memory_back(card, monkeypatch):
+    held, gpu = card
+    held["bytes"] = 6 * GIB
+    assert gpu.used(os.getpid()) == 5 * GIB
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            held["bytes"] = GIB
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    gpu.begin()
+    assert len(waits) == 3 and gpu.used(os.getpid()) == 0
+
+
+def test_a_card_that_stays_full_is_not_waited_for(card, monkeypatch):
+    held, gpu = card
+    held["bytes"] = 6 * GIB
+    assert gpu.used(os.getpid()) == 5 * GIB
+    monkeypatch.setattr(watch, "GPU_BACK", 0.2)
+    begun = time.monotonic()
+    gpu.begin()
+    assert 0.2 <= time.monotonic() - begun < 2 and gpu.used(os.getpid()) == 5 * GIB
