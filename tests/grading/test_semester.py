@@ -12,8 +12,8 @@ import random
 import zipfile
 
 import pytest
-import torch
 import semester as made_up
+import torch
 from effnlp_grading.preprocessors import wants_sandbox
 from effnlp_grading.sandbox import sandbox_error
 from semester import Semester
