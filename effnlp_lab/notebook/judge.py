@@ -497,8 +497,10 @@ def _follows(reference: Reference, one: _Answered, variant: Variant) -> bool:
 def _slips_alike(
     exercise: Exercise, lab: str, reference: Reference, mistake: Mistake, one: _Answered, variant: Variant, device: str
 ) -> bool:
-    """Whether the mistake gives what the student gave; one that does a case right explains no failure on it."""
-    device = device if exercise.needs_triton else "cpu"  # a compiled kernel takes no tensors of the CPU's
+    """Whether the mistake, on the same device, gives what the student gave; devices round differently.
+
+    One that does a case right explains no failure on it.
+    """
     try:
         wrong = mistaken_answer(lab, exercise.name, mistake.name)
         request = make_request(
