@@ -20,7 +20,8 @@ class CheckFailed(EffnlpError):
 def check(exercise: str, answer: Callable, twin: Callable | None = None) -> float:
     """Run `answer` against the reference on fresh random cases, show why, and return the points it earns.
 
-    Where an exercise has a PyTorch twin, the better of the two counts. Returns a plain float between 0 and the points;
+    Where an exercise has a PyTorch twin, the better of the two counts. Below the report stand the points of the lab so
+    far, each exercise as its last check since `start` found it. Returns a plain float between 0 and the points;
     never raises for anything that an answer does, but with EFFNLP_STRICT=1 (as solutions are executed) raises
     CheckFailed for what is not correct. Raises EffnlpError for an exercise that does not exist. While a submission is
     graded, this judges nothing: the proctor does, outside the process that runs the notebook.
@@ -29,8 +30,8 @@ def check(exercise: str, answer: Callable, twin: Callable | None = None) -> floa
         print(f"{exercise}: the grader judges this outside the notebook.")
         return 0.0
     verdict = verdict_of(exercise, answer, twin)
-    report.show(verdict)
     setting.current.scores[exercise] = verdict.score
+    report.show(verdict, setting.standing(exercises.find(exercise)[0]))
     if os.environ.get("EFFNLP_STRICT") == "1" and verdict.state not in ("correct", "not run here"):
         raise CheckFailed(f"{exercise}: {verdict.state}. {verdict.sentence}")
     return verdict.score

@@ -8,12 +8,13 @@ from typing import Any
 from effnlp_lab.notebook.judge import CaseResult, Verdict
 
 _SIGN = {"correct": "\u2713", "not attempted": "\u25cb", "not run here": "\u2013"}
-_TONE = {"correct": "#0b6e4f", "not attempted": "#555555", "not run here": "#555555", "over budget": "#8a5a00"}
-_WRONG = "#a4262c"
+# Of the bar alone: seen on a light and on a dark ground. Text has the notebook's own colour.
+_TONE = {"correct": "#1f8a66", "not attempted": "#767676", "not run here": "#767676", "over budget": "#9a6700"}
+_WRONG = "#d13438"
 
 
-def text(verdict: Verdict) -> str:
-    """The verdict as plain text."""
+def text(verdict: Verdict, standing: str = "") -> str:
+    """The verdict as plain text, with where the student stands in the lab as its last line."""
     lines = [f"{verdict.exercise}: {verdict.state}, {_points(verdict)}", f"  {verdict.sentence}"]
     lines += [f"  Likely: {m}" for m in verdict.mistakes]
     failure = verdict.first_failure
@@ -22,15 +23,16 @@ def text(verdict: Verdict) -> str:
         lines += [f"    {name}: {value}" for name, value in failure.details.items()]
     lines += [f"  Cases: {_count(verdict)}"] if verdict.cases and verdict.state != "not attempted" else []
     lines += [f"  Note: {n}" for n in verdict.notes]
+    lines += [standing] if standing else []
     return "\n".join(lines)
 
 
-def markup(verdict: Verdict) -> str:
-    """The verdict as an HTML block."""
+def markup(verdict: Verdict, standing: str = "") -> str:
+    """The same as an HTML block."""
     tone = _TONE.get(verdict.state, _WRONG)
     e = html.escape
     rows = [
-        f'<div style="font-weight:600;color:{tone}">{_SIGN.get(verdict.state, "&#x2717;")} '
+        f'<div style="font-weight:600">{_SIGN.get(verdict.state, "&#x2717;")} '
         f"<code>{e(verdict.exercise)}</code>: {e(verdict.state)}, {e(_points(verdict))}</div>",
         f"<div>{e(verdict.sentence)}</div>",
     ]
@@ -44,6 +46,7 @@ def markup(verdict: Verdict) -> str:
             f"<details><summary>{e(_count(verdict))}</summary>{_table(verdict)}"
             f"<div>seed {verdict.seed}, device {e(verdict.device)}{e(_variant(verdict))}</div></details>"
         )
+    rows += [f"<div>{e(standing)}</div>"] if standing else []
     return (
         f'<div role="group" aria-label="result of {e(verdict.exercise)}" style="border-left:4px solid {tone};'
         f'padding:4px 12px;margin:4px 0;line-height:1.5">{"".join(rows)}</div>'
@@ -95,8 +98,8 @@ def _table(verdict: Verdict) -> str:
     )
 
 
-def show(verdict: Verdict) -> None:
-    """Display the verdict where we are: HTML with a plain-text twin in a notebook, plain text elsewhere."""
+def show(verdict: Verdict, standing: str = "") -> None:
+    """Display both where we are: HTML with a plain-text twin in a notebook, plain text elsewhere."""
     try:
         from IPython import get_ipython
 
@@ -106,6 +109,6 @@ def show(verdict: Verdict) -> None:
     if in_notebook:
         from IPython.display import display
 
-        display({"text/html": markup(verdict), "text/plain": text(verdict)}, raw=True)
+        display({"text/html": markup(verdict, standing), "text/plain": text(verdict, standing)}, raw=True)
     else:
-        print(text(verdict))
+        print(text(verdict, standing))

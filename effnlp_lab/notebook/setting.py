@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from effnlp_lab import exercises
 from effnlp_lab.device import Device, resolve
-from effnlp_lab.exercises.spec import Exercise
+from effnlp_lab.exercises.spec import Exercise, Lab
 
 
 @dataclass
@@ -58,6 +58,22 @@ def variant(exercise: str) -> None:
     spec = exercises.find(exercise)[1]
     for name, value in variant_of(spec).items():
         print(spec.in_words({name: value}))
+
+
+def standing(lab: Lab) -> str:
+    """The points of the lab's checks since it was started: each exercise counts as its last check found it."""
+    worth = [e for e in lab.exercises if e.points and e.twin_of is None]
+    scores = [current.scores.get(e.name, 0.0) for e in worth]
+    if not worth:
+        return ""
+    whole = sum(score >= e.points for score, e in zip(scores, worth, strict=True))
+    line = (f"Lab {lab.number}: {round(sum(scores), 2):g} of {lab.checked_points:g} points so far, "
+            f"{whole} of {len(worth)} exercise{'' if len(worth) == 1 else 's'} whole.")
+    rest = [what for what, there in (("Predictions", lab.predictions), ("what you write", lab.written)) if there]
+    if whole < len(worth) or not (rest and lab.graded):
+        return line
+    told = " and ".join(rest)
+    return f"{line} {told[0].upper()}{told[1:]} {'are' if lab.predictions else 'is'} graded after you hand in."
 
 
 def predicted(name: str, *numbers: float | None) -> None:

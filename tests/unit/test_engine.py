@@ -1,5 +1,6 @@
 """Every way in which an answer can be wrong has its own sentence, and the notebook goes on."""
 
+import dataclasses
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,8 @@ import torch
 import toy
 
 from effnlp_lab.exercises.reference import Case
-from effnlp_lab.notebook import report
+from effnlp_lab.exercises.spec import Written
+from effnlp_lab.notebook import report, setting
 from effnlp_lab.notebook.check import check, verdict_of
 from effnlp_lab.notebook.driver import answer_case
 from effnlp_lab.notebook.judge import _judge_response, answer_from_source, judge
@@ -190,6 +192,40 @@ def test_check_shows_and_returns_a_plain_float(capsys):
     score = check("softmax", answer_from_source("99_toy", "softmax", toy.RIGHT))
     assert type(score) is float and score == 4.0
     assert "softmax: correct, 4 of 4 points" in capsys.readouterr().out
+
+
+def test_each_check_tells_the_points_so_far(capsys, monkeypatch):
+    """Every exercise counts as its last check found it, and a lab that is started again has none."""
+    monkeypatch.setattr(setting, "current", setting.Setting())
+    setting.start("99_toy", device="cpu")
+    told = []
+    for name, source in (("softmax", toy.MISTAKES["no maximum"]), ("count", COUNT), ("softmax", toy.RIGHT),
+                         ("softmax", toy.MISTAKES["wrong axis"])):
+        check(name, answer_from_source("99_toy", name, source))
+        told.append(capsys.readouterr().out.splitlines()[-1])
+    assert told == ["Lab 99: 3 of 5 points so far, 0 of 2 exercises whole.",
+                    "Lab 99: 4 of 5 points so far, 1 of 2 exercises whole.",
+                    "Lab 99: 5 of 5 points so far, 2 of 2 exercises whole.",
+                    "Lab 99: 1 of 5 points so far, 1 of 2 exercises whole."]
+    setting.start("99_toy", device="cpu")
+    assert setting.standing(toy.LAB) == "Lab 99: 0 of 5 points so far, 0 of 2 exercises whole."
+
+
+def test_points_so_far_are_those_of_the_checks(monkeypatch):
+    """Badges and twins add nothing; what is graded later is said once the checks are whole."""
+    lab = dataclasses.replace(
+        toy.LAB, written=(Written("why"),),
+        exercises=(*toy.LAB.exercises, dataclasses.replace(toy.COUNT, name="badge", points=0.0),
+                   dataclasses.replace(toy.COUNT, name="count_torch", twin_of="count")))  # fmt: skip
+    monkeypatch.setattr(setting.current, "scores", {"softmax": 4.0, "count": 1.0, "badge": 0.0, "count_torch": 1.0})
+    assert setting.standing(lab) == ("Lab 99: 5 of 5 points so far, 2 of 2 exercises whole. What you write is graded "
+                                     "after you hand in.")
+
+
+def test_points_so_far_are_in_the_block_and_not_in_the_graders():
+    v = verdict(toy.RIGHT)
+    assert "<div>Lab 99: 4 &lt; 5</div>" in report.markup(v, "Lab 99: 4 < 5")
+    assert "Lab" not in report.markup(v) and "Lab" not in report.text(v)
 
 
 def test_what_is_no_function_is_refused():
