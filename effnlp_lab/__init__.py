@@ -9,13 +9,14 @@ from importlib import import_module as _import_module
 from effnlp_lab import device as _device
 
 __version__ = "0.1.0"
-__all__ = ["check", "predicted", "start", "variant", "__version__"]
+__all__ = ["check", "predicted", "ready", "start", "variant", "__version__"]
 
 _device.settle_triton()
 
 _HOMES = {
     "check": "effnlp_lab.notebook.check",
     "predicted": "effnlp_lab.notebook.setting",
+    "ready": "effnlp_lab.notebook.setting",
     "start": "effnlp_lab.notebook.setting",
     "variant": "effnlp_lab.notebook.setting",
 }

@@ -33,6 +33,7 @@ from effnlp_lab.master import (
     read_master,
     solution_source,
 )
+from effnlp_lab.opening import open_anywhere
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
@@ -220,7 +221,12 @@ def release_notebook(master: Master) -> NotebookNode:
             raise MasterError(
                 f"{master.path.name}: nbgrader blanks {cell.metadata.nbgrader.grade_id} otherwise than we do."
             )
-    return notebook
+    return opened(notebook, master)
+
+
+def opened(release: NotebookNode, master: Master) -> NotebookNode:
+    """A release with the cells that every released lab begins with; solved notebooks go without."""
+    return open_anywhere(release, master.path.parents[2], f"labs/{master.lab.name}/{master.lab.notebook}.ipynb")
 
 
 def _sources(master: Master) -> str:

@@ -68,6 +68,22 @@ class Device:
         memory = f"{self.memory_bytes / GIB:.1f} GiB"
         return f"{self.kind}: {self.name}{card}, {memory}, {dtype}, {size}, Triton {self.triton}"
 
+    def can(self) -> str:
+        """What a lab can do here, in a sentence or two for a student."""
+        if self.triton == "absent":
+            kernels = "There is no Triton for this device: its exercises have PyTorch twins for the same points."
+        elif self.triton == "interpreted":
+            kernels = "Triton kernels run in Triton's interpreter: right, and slow."
+        else:
+            kernels = "Triton kernels are compiled for this card."
+        if self.kind == "cpu":
+            colab = " On Colab a GPU is under Runtime, Change runtime type." if "google.colab" in sys.modules else ""
+            return f"On a CPU every lab runs, at small sizes. {kernels}{colab}"
+        if self.capability and self.capability < (8, 0):
+            half = str(self.dtype).removeprefix("torch.")
+            return f"{kernels} This card computes in {half}, not in bfloat16; flash-attn does not serve it."
+        return kernels
+
 
 @dataclass(frozen=True)
 class Ceilings:

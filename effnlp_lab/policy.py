@@ -9,10 +9,10 @@ assistants = { default = "explain", 01_tokenization = "none" }
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from effnlp_lab.errors import UsageError
+from effnlp_lab.settings import settings_of
 
 PLACE = "{assistants}"  # where a master's prose states the policy
 DEFAULT = "explain"
@@ -36,16 +36,11 @@ POLICIES = {
 
 def policy_of(root: Path, lab: str) -> str:
     """The policy of a lab in the course at `root`. Raises UsageError for a setting that names none of the three."""
-    path = root / "pyproject.toml"
-    try:
-        tool = tomllib.loads(path.read_text("utf-8")).get("tool", {}) if path.is_file() else {}
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
-    chosen = tool.get("effnlp", {}).get("assistants", DEFAULT)
+    chosen = settings_of(root).get("assistants", DEFAULT)
     if isinstance(chosen, dict):
         chosen = chosen.get(lab, chosen.get("default", DEFAULT))
     if chosen not in POLICIES:
-        raise UsageError(f"{path}: assistants = {chosen!r} is no policy on coding assistants: "
+        raise UsageError(f"{root / 'pyproject.toml'}: assistants = {chosen!r} is no policy on coding assistants: "
                          f"expected {', '.join(POLICIES)}.")
     return chosen
 

@@ -62,6 +62,22 @@ c.CourseDirectory.ignore = [
 c.GenerateAssignment.force = True
 c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your answer goes here")'}
 c.ClearSolutions.text_stub = "*Write your answer here.*"
+c.OpenAnywhere.course = str(COURSE if (COURSE / "pyproject.toml").is_file() else _checkout or COURSE)
+c.GenerateAssignment.preprocessors = [
+    "nbgrader.preprocessors.IncludeHeaderFooter",
+    "nbgrader.preprocessors.InstantiateTests",
+    "nbgrader.preprocessors.LockCells",
+    "nbgrader.preprocessors.ClearSolutions",
+    "nbgrader.preprocessors.ClearOutput",
+    "nbgrader.preprocessors.CheckCellMetadata",
+    "nbgrader.preprocessors.ComputeChecksums",
+    "nbgrader.preprocessors.SaveCells",
+    "nbgrader.preprocessors.ClearHiddenTests",
+    "nbgrader.preprocessors.ClearMarkScheme",
+    "nbgrader.preprocessors.ComputeChecksums",
+    "nbgrader.preprocessors.CheckCellMetadata",
+    "effnlp_grading.opening.OpenAnywhere",  # the badge and the first cell, as `effnlp build` has them
+]
 
 # Nothing of a submission runs in this process or in a kernel: the proctor runs its cells in a sandbox, judges its
 # answers here, and writes verdict and report into each check's cell, which are then read strictly. Cells tagged `demo`

@@ -35,6 +35,14 @@ def start(lab: str, device: str = "auto", fast: str | bool = "auto") -> Device:
     return current.device
 
 
+def ready() -> None:
+    """Say that the kit is here, on what a lab will run, and what that can do."""
+    from effnlp_lab import __version__
+
+    found = resolve()
+    print(f"The kit is here, version {__version__}. {found.describe()}\n{found.can()}")
+
+
 def device() -> Device:
     """The device of the running notebook (settled on first use when no lab was started)."""
     if current.device is None:

@@ -28,7 +28,7 @@ from effnlp_grading.records import Seeds, read_record
 from effnlp_grading.repair import Repaired, RepairError, plain, read_submission, repair
 from effnlp_grading.scan import forbidden_in, signs_in
 from effnlp_lab import exercises
-from effnlp_lab.build import release_notebook, solution_notebook
+from effnlp_lab.build import opened, release_notebook, solution_notebook
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import UsageError
 from effnlp_lab.exercises.closeness import predicted_values
@@ -272,7 +272,7 @@ def _blanked(path: Path) -> NotebookNode:
         if nbgrader.get("solution"):
             written = bool(nbgrader.get("grade"))
             cell.source = TEXT_STUB if written else blank_source(master.exercise_cell(nbgrader["grade_id"]))
-    return notebook
+    return opened(notebook, master)
 
 
 def _untouched(notebook: NotebookNode) -> bool:

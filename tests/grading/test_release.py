@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from effnlp_grading.opening import OpenAnywhere
+from nbgrader.converters import GenerateAssignment
 from traitlets.config.loader import PyFileConfigLoader
 
 from effnlp_lab.master import BEGIN, END, STUB, TEXT_STUB, read_master, regions
@@ -34,6 +36,19 @@ def test_nbgrader_finds_its_configuration_where_it_is_typed(folder, master, tmp_
     subprocess.run(command, cwd=ROOT / folder, env={**bare, "PATH": os.defpath}, check=True, capture_output=True)
     name = f"{master.lab.name}/{master.lab.notebook}.ipynb"
     assert (tmp_path / name).read_bytes() == (ROOT / "labs" / name).read_bytes()
+
+
+def test_nbgraders_release_has_the_badge_of_the_courses_own_setting(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.effnlp]\nrepository = "https://github.com/a/course"\n')
+    resources = {"nbgrader": {"assignment": "01_tokenization", "notebook": "tokenization"}}
+    for metadata, expected in (({"effnlp": {"lab": "01_tokenization"}}, ["open-in-colab", "the-kit"]), ({}, [])):
+        notebook = nbformat.v4.new_notebook(metadata=metadata)
+        OpenAnywhere(course=str(tmp_path)).preprocess(notebook, resources)
+        assert [cell.id for cell in notebook.cells] == expected
+    config = PyFileConfigLoader("nbgrader_config.py", path=str(ROOT)).load_config()
+    assert config.OpenAnywhere.course == str(ROOT)
+    stock = [f"{step.__module__.rpartition('.')[0]}.{step.__name__}" for step in GenerateAssignment().preprocessors]
+    assert config.GenerateAssignment.preprocessors == [*stock, "effnlp_grading.opening.OpenAnywhere"]
 
 
 @pytest.mark.parametrize("path", MASTERS, ids=lambda path: path.parent.name)

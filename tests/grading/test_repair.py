@@ -16,6 +16,9 @@ from effnlp_grading.repair import RepairError, read_submission, repair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from effnlp_lab import opening
+from effnlp_lab.build import release_notebook
+
 FUZZ = int(os.environ.get("EFFNLP_FUZZ", "2000")) // 3  # 100,000 in `make grading-bench`
 RELEASE = nbformat.read(ROOT / "labs" / LAB / "tokenization.ipynb", as_version=4)
 MASTER = master_of()
@@ -85,6 +88,28 @@ def test_answers_come_back(damage):
 def test_whole_submission_is_left_as_it_is():
     done = repair(copy.deepcopy(SUBMITTED), RELEASE)
     assert done.sentences == [] and [c.source for c in done.notebook.cells] == [c.source for c in SUBMITTED.cells]
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["metadata kept", "metadata lost"])
+def test_what_colab_saves_comes_back_whole(keeps, monkeypatch):
+    """Opened from the badge, solved, saved and handed in: Colab writes older notebooks with ids of its own."""
+    monkeypatch.setattr(opening, "repository_of", lambda root: opening.Repository("https://github.com/a/course"))
+    release = release_notebook(MASTER)
+    saved = json.loads(nbformat.writes(sample_class.submission(release, ANSWERS)))
+    for number, cell in enumerate(saved["cells"]):
+        del cell["id"]
+        its = {"id": f"Qx{number:010d}", "colab": {"base_uri": "https://localhost:8080/"}}
+        cell["metadata"] = {**cell["metadata"], **its} if keeps else its
+    saved |= {"nbformat_minor": 0, "metadata": {"colab": {"provenance": []}, "accelerator": "GPU",
+                                                "kernelspec": {"name": "python3", "display_name": "Python 3"}}}
+    done = repair(read_submission(json.dumps(saved).encode()), release)
+    nbformat.validate(done.notebook)
+    assert not done.lost and answers_of(done.notebook) == answers_of(SUBMITTED)
+    shown = [(cell.id, cell.metadata.get("tags"), cell.metadata.get("nbgrader")) for cell in done.notebook.cells]
+    assert shown == [(cell.id, cell.metadata.get("tags"), cell.metadata.get("nbgrader")) for cell in release.cells]
+    assert "colab.research.google.com/github/a/course/blob/main/labs/01_" in done.notebook.cells[0].source
+    (first,) = [cell for cell in done.notebook.cells if "find_the_kit" in cell.source]
+    assert first.source not in [step.source for step in steps_of(done.notebook, MASTER.lab)]  # not run when graded
 
 
 def test_split_answer_still_runs_as_one():
