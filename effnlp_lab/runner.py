@@ -603,6 +603,13 @@ def _mark(executed: Path, index: int, state: str, message: str) -> None:
 
 
 _HTML_LOCK = threading.Lock()
+# nbconvert's prompts, comments, numbers and operators are too pale to read for some, and its links too like the text.
+_READABLE = """<style>
+:root { --jp-cell-prompt-not-active-opacity: 1; --jp-mirror-editor-comment-color: #326868;
+  --jp-mirror-editor-number-color: #007000; --jp-mirror-editor-operator-color: #8a18d6; }
+.jp-RenderedHTMLCommon a:link, .jp-RenderedHTMLCommon a:visited { text-decoration: underline; }
+</style>
+"""
 
 
 def _write_html(executed: Path) -> None:
@@ -610,7 +617,7 @@ def _write_html(executed: Path) -> None:
 
     with _HTML_LOCK:
         body, _ = HTMLExporter().from_filename(str(executed))
-    executed.with_suffix(".html").write_text(body, encoding="utf-8")
+    executed.with_suffix(".html").write_text(body.replace("</head>", f"{_READABLE}</head>", 1), encoding="utf-8")
 
 
 def _last_event(events: Path) -> dict[str, Any]:

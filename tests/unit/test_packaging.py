@@ -74,6 +74,7 @@ def test_every_dependency_is_pinned_within_its_range(name):
 
 def conda() -> dict[str, SpecifierSet]:
     lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    lines = [one for line in lines for one in (line["pip"] if isinstance(line, dict) else [line])]
     parts = [line.partition(" ") for line in lines]
     return {name: SpecifierSet(ranges) for name, _, ranges in parts}
 
