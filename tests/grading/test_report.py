@@ -8,8 +8,10 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+from browsing import barriers_of
 from bs4 import BeautifulSoup
 from effnlp_grading import demo, report, sample_class
+from effnlp_grading.class_report import write_class_report
 from effnlp_grading.results import Result
 
 from effnlp_lab.device import resolve
@@ -52,6 +54,17 @@ def test_report_is_whole_and_accessible(shown, tmp_path):
     assert all(table.caption for table in tree.select("table"))
     assert all(cell.get("scope") for cell in tree.select("th"))
     assert "your answer" in tree.text and "(0.5 of baseline)" in tree.text
+
+
+def test_no_page_about_a_class_has_a_barrier(shown, graded_class, tmp_path):
+    """In Chromium, by axe-core: the report, the class's report, and what nbgrader makes of our feedback."""
+    page = report.write(shown, tmp_path / "report")
+    feedback = sorted((page.parent / "feedback").rglob("*.html"))
+    results = {result.student: result for result in shown.results}
+    about_class = write_class_report(graded_class.course, graded_class.lab, results)
+    assert feedback and barriers_of(page, about_class) == {}
+    ours = [".output_area", ".text_cell_render"]
+    assert barriers_of(*feedback[:1], inside=ours, outside=[".anchor-link"]) == {}  # nbconvert's mark at headings
 
 
 def test_report_says_what_the_gradebook_holds(shown, tmp_path):
