@@ -130,7 +130,7 @@ def first_source(repository: Repository) -> str:
     elsewhere = (f"The course's kit is not installed here. In a terminal: {fetch} "
                  "run pip install -c constraints.txt -e '.[notebooks]'; then restart this kernel.")  # fmt: skip
     if repository.address:
-        requirement = f'"effnlp-lab @ git+{repository.address}@{repository.branch}"'
+        requirement = f'"git+{repository.address}@{repository.branch}"'
         return _SOURCE.format(elsewhere=_spelled(elsewhere), requirement=requirement)
     colab = ("The course's kit is not installed here, and the course names no repository to install it from: ask for "
              "its address A, run %pip install git+A, then this cell again.")  # fmt: skip

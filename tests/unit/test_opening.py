@@ -117,7 +117,7 @@ def test_on_colab_pip_keeps_what_colab_has(elsewhere, monkeypatch, capsys):
     on_colab(monkeypatch)
     exec(first_source(GITHUB), {})
     ((command, constraints),) = elsewhere.ran
-    assert command[0] == sys.executable and command[-1] == "effnlp-lab @ git+https://github.com/a/course@main"
+    assert command[0] == sys.executable and command[-1] == "git+https://github.com/a/course@main"
     assert f"torch=={torch.__version__.partition('+')[0]}" in constraints and "numpy==" in constraints
     assert "a minute or two" in capsys.readouterr().out
 
