@@ -22,6 +22,7 @@ import nbformat
 import pytest
 from effnlp_grading.connection import Connection
 from effnlp_grading.limits import DEFENCES, Limits
+from effnlp_grading.mutants import open_bench, refused_answers
 from effnlp_grading.preprocessors import write_verdicts
 from effnlp_grading.proctor import Graded, Proctor
 from effnlp_grading.records import Seeds
@@ -179,6 +180,12 @@ def test_only_its_defence_stops_it(hall, name):
     assert defences <= DEFENCES
     graded = grade(hall, name, without=defences)
     assert points(graded, exercise) == exercises.find(exercise)[1].points, graded.verdicts[exercise]["sentence"]
+
+
+def test_right_answers_fit_at_real_size(hall):
+    """Those, too, that hold one block at a time and keep a number of each."""
+    with open_bench(LABS["best_match"], sandbox=hall.sandbox(LABS["best_match"])) as bench:
+        assert refused_answers(bench, exercises.find("best_match")[1]) == []
 
 
 def test_there_are_enough_of_them():
