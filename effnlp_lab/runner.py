@@ -182,7 +182,8 @@ def plan_jobs(device: Device, notebooks: int, jobs: int | None = None) -> Plan:
     """How to share this machine among notebooks.
 
     On a CPU: as many as cores and free memory allow, the cores divided among them. On GPUs: one a GPU, because
-    notebooks measure time; a larger `jobs` shares a GPU as far as its memory goes.
+    notebooks measure time; a larger `jobs` shares a GPU as far as its memory goes. Where OMP_NUM_THREADS is set, no
+    notebook gets more threads than it says.
     """
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs is {jobs}: expected 1 or more.")
@@ -196,7 +197,13 @@ def plan_jobs(device: Device, notebooks: int, jobs: int | None = None) -> Plan:
         room = max(1, int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK))
         count = min(jobs or min(cores, room), max(1, notebooks))
         gpus = (None,) * count
-    return Plan(count, max(1, cores // count), gpus)
+    return Plan(count, max(1, min(cores // count, threads_asked_for() or cores)), gpus)
+
+
+def threads_asked_for() -> int | None:
+    """The threads that OMP_NUM_THREADS grants a process; None where it says nothing."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is one number a level
+    return int(said) if said.isdecimal() and int(said) else None
 
 
 def usable_cores() -> int:

@@ -194,6 +194,7 @@ def test_nbval_is_ended_at_the_limit(tmp_path, monkeypatch):
 
 
 def test_jobs_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(runner, "usable_cores", lambda: 8)
     monkeypatch.setattr(runner, "free_memory_bytes", lambda: 13 * GIB)
     assert runner.plan_jobs(resolve("cpu"), 10) == runner.Plan(3, 2, (None,) * 3)
@@ -203,8 +204,16 @@ def test_jobs_on_a_cpu(monkeypatch):
         runner.plan_jobs(resolve("cpu"), 1, jobs=0)
 
 
+@pytest.mark.parametrize(("said", "threads"), [("1", 1), ("4,2", 4), ("64", 8), ("0", 8), ("many", 8)])
+def test_no_more_threads_than_the_environment_says(monkeypatch, said, threads):
+    monkeypatch.setattr(runner, "usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert runner.plan_jobs(resolve("cpu"), 1).threads == threads
+
+
 def test_jobs_on_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(runner, "usable_cores", lambda: 16)
     card = Device("cuda", False, "Card", resolve("cpu").dtype, "compiled", (9, 0), 48 * GIB)
     assert runner.plan_jobs(card, 10) == runner.Plan(2, 8, ("2", "5"))
