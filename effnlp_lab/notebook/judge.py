@@ -502,7 +502,6 @@ def _slips_alike(
     One that does a case right explains no failure on it.
     """
     try:
-        wrong = mistaken_answer(lab, exercise.name, mistake.name)
         request = make_request(
             exercise,
             lab,
@@ -512,7 +511,7 @@ def _slips_alike(
             forbidden=(),
             seconds=min(2.0, exercise.seconds) if not exercise.needs_triton else exercise.seconds,
         )
-        response = read_response(answer_case(request, wrong))
+        response = read_response(mistaken_response(lab, exercise.name, mistake.name, request))
         inputs = dict(one.case.inputs)
         judged = _judge_response(exercise, reference, one.case, inputs, response, variant, device, 0.0, False)
         if judged[0] == "correct" and one.result.state == "incorrect":
@@ -527,6 +526,11 @@ def _slips_alike(
     except Exception:  # of the mistake's, or of comparing it with what an answer gave: another slip, then
         return False
     return True
+
+
+def mistaken_response(lab: str, exercise: str, mistake: str, request: bytes) -> bytes:
+    """What the driver says of a known mistake on a case."""
+    return answer_case(request, mistaken_answer(lab, exercise, mistake))
 
 
 def mistaken_answer(lab: str, exercise: str, mistake: str) -> Callable:

@@ -1,11 +1,14 @@
 """Every exercise of every lab: right answers pass, blanks and mistakes do not, in one process and split in two."""
 
 import os
+from functools import lru_cache
+from unittest import mock
 
 import pytest
 
 from effnlp_lab import exercises
 from effnlp_lab.audit import independent_answers, trials, try_answer
+from effnlp_lab.notebook import judge
 from effnlp_lab.notebook.driver import answer_case
 from effnlp_lab.notebook.judge import answer_from_source
 from effnlp_lab.notebook.split import SplitDriver
@@ -14,7 +17,12 @@ SEEDS = int(os.environ.get("EFFNLP_SEEDS", "4"))  # of right answers; `effnlp au
 SEEDS_OF_WRONG = 1  # and another, split in two
 SEEDS_OF_TRITON = min(SEEDS, 2)  # of right answers in Triton: seconds each in its interpreter
 ALL = [
-    pytest.param(lab, trial, id=f"{lab[:2]}-{trial.exercise.name}-{trial.name}")
+    pytest.param(
+        lab,
+        trial,
+        id=f"{lab[:2]}-{trial.exercise.name}-{trial.name}",
+        marks=pytest.mark.xdist_group(f"{lab[:2]}-{trial.exercise.name}"),  # what is remembered is an exercise's
+    )
     for lab in exercises.lab_names()
     for trial in trials(lab)
 ]
@@ -23,6 +31,13 @@ SPLIT = [
     each for number, each in enumerate(ALL)
     if number % 3 == 0 or each.values[1].right or not each.values[1].exercise.needs_triton
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """A known mistake runs once on a case, however many answers are held against what it gives there."""
+    with mock.patch.object(judge, "mistaken_response", lru_cache(maxsize=400)(judge.mistaken_response)):
+        yield
 
 
 @pytest.fixture(scope="module")
