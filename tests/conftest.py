@@ -44,7 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.gpu_not_run.update(item.nodeid for item in left_out)
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    items.sort(key=lambda item: NOTEBOOK_TESTS not in item.path.parents)  # the longest first
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    # The longest first, so that processes end together: whole notebooks, then what stays on one process.
+    items.sort(key=lambda item: (NOTEBOOK_TESTS not in item.path.parents, not item.get_closest_marker("xdist_group")))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,6 +80,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         why = "no CUDA device here" if config.getoption("--device") == "auto" else "--device cpu"
         terminalreporter.section("GPU TESTS NOT RUN", yellow=True, bold=True)
         terminalreporter.line(f"{left_out} GPU tests were NOT RUN ({why}). On a GPU machine: make gpu")
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether a fixture of this test is made once for its module: on one process, that is, and not on each of them."""
+    fixtures = getattr(item, "_fixtureinfo", None)
+    return fixtures is not None and any(f[-1].scope == "module" for f in fixtures.name2fixturedefs.values())
 
 
 def _on_gpu(config: pytest.Config) -> bool:
