@@ -289,8 +289,9 @@ def open_sandbox(lab: str, device: str = "cpu", sandbox: bool = True) -> Sandbox
     return (Sandbox if sandbox else Unconfined)(lab, device)
 
 
+@cache
 def sandbox_error() -> str | None:
-    """Why there can be no sandbox here, in a sentence; None where there can."""
+    """Why there can be no sandbox here, in a sentence; None where there can. Tried once, as one takes seconds."""
     try:
         with Sandbox(exercises.lab_names()[0]) as trial:
             trial.spawn(Limits()).end()
