@@ -230,7 +230,16 @@ def test_the_tree_is_killed_only_while_the_process_runs(tmp_path):
 
 
 SUITE = {
-    "tests/unit/test_any.py": "import pytest\ndef test_runs(): pass\ndef test_skips(): pytest.skip('no such library')",
+    "tests/unit/test_any.py": """
+import pytest
+
+@pytest.fixture(scope="module")
+def shared(): pass
+
+def test_runs(shared): pass
+
+def test_skips(): pytest.skip('no such library')
+""",
     "tests/gpu/test_card.py": "def test_one(): pass\ndef test_two(): pass",
     "with_gpu.py": "import effnlp_lab.device\neffnlp_lab.device.cuda_available = lambda: True",
     "without_gpu.py": "import effnlp_lab.device\neffnlp_lab.device.cuda_available = lambda: False",
@@ -253,11 +262,13 @@ def run_suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_gpu_tests_that_do_not_run_are_said_loudly(tmp_path, workers):
-    result = run_suite(tmp_path, "-p", "without_gpu", "-n", workers)
+    result = run_suite(tmp_path, "-v", "-p", "without_gpu", "-n", workers, "--dist", "loadgroup")
     assert result.returncode == 0, result.stdout
     assert "= GPU TESTS NOT RUN =" in result.stdout
     assert "2 GPU tests were NOT RUN (no CUDA device here)" in result.stdout
     assert "1 passed, 1 skipped" in result.stdout
+    if workers == "2":  # what shares a module's fixture stays on one of them
+        assert "test_any.py::test_runs@test_any" in result.stdout and "test_skips@" not in result.stdout
 
 
 def test_a_skip_on_a_gpu_run_is_a_failure(tmp_path):
