@@ -32,7 +32,9 @@ env: $(READY)
 	    { echo "$(BASE_PYTHON) is too old: Python 3.11 or newer is needed; name one with BASE_PYTHON=python3.12"; exit 2; }
 	@echo "Creating .venv and installing (a few minutes, about 3 GB on a CPU)"
 	@$(BASE_PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+	    -e '.[$(EXTRAS)]'
+	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # pip does it on one core; some files are no Python
 	@touch $@
 
 demo: $(READY)
