@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -66,9 +68,12 @@ def test_flash_attention_is_needed_on_a_gpu_only(monkeypatch, on_gpu, state):
 
 def test_nbgrader_calls_alembic(monkeypatch):
     pytest.importorskip("nbgrader")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     finding = doctor._nbgrader()
     assert finding.state == "missing" and "alembic" in finding.detail and finding.remedy
+    beside = os.path.dirname(sys.executable)  # an environment that is not activated
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"{path}/{name}" if path == beside else None)
+    assert doctor._nbgrader().state == "ok"
 
 
 def test_bubblewrap_that_cannot_start(monkeypatch):
