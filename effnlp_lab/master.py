@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effnlp_lab import exercises, policy
+from effnlp_lab.blanks import STUB
+from effnlp_lab.blanks import TEXT_STUB as TEXT_STUB
 from effnlp_lab.errors import EffnlpError
 from effnlp_lab.exercises.closeness import base_name
 from effnlp_lab.exercises.reference import Edit, Mistake
@@ -19,8 +21,6 @@ from effnlp_lab.exercises.spec import Lab
 
 Kind = Literal["prose", "parameters", "given", "exercise", "check", "demo", "predict", "written"]
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-STUB = 'raise NotImplementedError("your answer goes here")'
-TEXT_STUB = "*Write your answer here.*"
 KEYS = {"exercise", "check", "tags", "needs", "predict", "written"}
 TAGS = {"parameters", "demo", "nbval-check-output"}
 

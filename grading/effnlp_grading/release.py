@@ -1,9 +1,10 @@
 """`effnlp release --student-repo`: the course as a repository for students.
 
-It holds the released notebooks, the kit and what checks need, and neither masters nor solutions, tests, right answers
-or the instructor's tools. `check` compares with references on the student's machine, so references are in it, and so
-are the rooms, which demos run. What a reference knows of wrong answers is there without the texts: they are a slip away
-from the solution, and are packed, which keeps them from being read by accident and from nobody who wants to read them.
+It holds the released notebooks, the kit, what checks need, and the part of the grader that says before handing in
+what it will say afterwards; neither masters nor solutions, tests, right answers or the instructor's tools. `check`
+compares with references on the student's machine, so references are in it, and so are the rooms, which demos run. What
+a reference knows of wrong answers is there without the texts: they are a slip away from the solution, and are packed,
+which keeps them from being read by accident and from nobody who wants to read them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import effnlp_lab
 from effnlp_grading.course import Course
+from effnlp_grading.submit import UNTOUCHED
 from effnlp_lab import exercises
 from effnlp_lab.errors import UsageError
 from effnlp_lab.master import BEGIN
@@ -55,7 +57,7 @@ def main(course: Course, out: Path) -> int:
     written = [_written(out / name, text) for name, text in _files(course, kit_root)]
     names = sorted(str(path.relative_to(out)) for path in written)
     _written(out / MARK, json.dumps({"version": effnlp_lab.__version__, "files": names}, indent=1).encode() + b"\n")
-    labs = [name for name in names if name.endswith(".ipynb")]
+    labs = [name for name in names if name.startswith("labs/")]
     print(f"{len(names)} files, {len(labs)} labs: {out}\n"
           "References and rooms are in it, because checks and demos run on students' machines.\n"
           f"Publish it: git -C {out} init && git -C {out} add . && git -C {out} commit -m 'The labs'")
@@ -87,13 +89,16 @@ def _files(course: Course, root: Path) -> Iterator[tuple[str, bytes]]:
         if BEGIN.encode() in text:
             raise UsageError(f"{path} holds a solution: run `effnlp build {name}`.")
         yield f"labs/{name}/{path.name}", text
+        yield f"{UNTOUCHED}/{name}.ipynb", text  # which `effnlp submit` repairs by
     for path in sorted(KIT.rglob("*")):
         inner = path.relative_to(KIT)
         cached = any(part == "__pycache__" or part.startswith(".") for part in inner.parts)
         if path.is_file() and not cached and inner.parts[0] not in INSTRUCTORS:
             yield f"effnlp_lab/{inner}", _of_kit(path)
-    for name in sorted({"__init__", "cli", "course_verbs", "progress", *_needed_by("replay")}):
+    for name in sorted({"__init__", "alone", "cli", "course_verbs", "progress", *_needed_by("replay", "submit")}):
         yield f"grading/effnlp_grading/{name}.py", (GRADER / f"{name}.py").read_bytes()
+    for path in sorted((GRADER / "inside").glob("*.py")):  # what `submit` runs cells in
+        yield f"grading/effnlp_grading/inside/{path.name}", path.read_bytes()
     for name in PLAIN_FILES:
         yield name, (root / name).read_bytes()
     yield "pyproject.toml", _project((root / "pyproject.toml").read_text("utf-8")).encode()
@@ -139,9 +144,9 @@ def without_changes(text: str) -> str:
     return data.decode()
 
 
-def _needed_by(name: str) -> set[str]:
-    """The modules of this package that one of them imports, wherever in its text, itself included."""
-    found, waiting = set(), [name]
+def _needed_by(*names: str) -> set[str]:
+    """The modules of this package that some of them import, wherever in their text, themselves included."""
+    found, waiting = set(), list(names)
     while waiting:
         module = waiting.pop()
         path = GRADER / f"{module}.py"

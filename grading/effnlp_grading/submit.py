@@ -28,16 +28,16 @@ from effnlp_grading.records import Seeds, read_record
 from effnlp_grading.repair import Repaired, RepairError, plain, read_submission, repair
 from effnlp_grading.scan import forbidden_in, signs_in
 from effnlp_lab import exercises
-from effnlp_lab.build import opened, release_notebook, solution_notebook
+from effnlp_lab.blanks import STUB, TEXT_STUB
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import UsageError
 from effnlp_lab.exercises.closeness import predicted_values
 from effnlp_lab.exercises.spec import Lab
-from effnlp_lab.master import STUB, TEXT_STUB, blank_source, read_master
 from effnlp_lab.notebook.judge import Verdict, versions
 from effnlp_lab.runner import course_root, kill_tree
 
 PORTABLE_SECONDS = 1800.0
+UNTOUCHED = "grading/released"  # of a student's repository: the labs as they were released
 _START = re.compile(r"effnlp_lab\.start\(\s*['\"](\w+)['\"]")
 
 
@@ -161,8 +161,9 @@ def lab_of(submission: NotebookNode, path: Path) -> Lab:
 
 
 def untouched_release(lab: Lab, submission: Path) -> NotebookNode | None:
-    """The lab as students get it: built from its master with nbgrader; else another file than `submission` with every
-    blank in it; else as git keeps it; else built without nbgrader and its checksums. None where there is none of these.
+    """The lab as students get it: built from its master with nbgrader; else the copy that a student's repository has;
+    else another file than `submission` with every blank in it; else as git keeps it; else built without nbgrader and
+    its checksums. None where there is none of these.
     """
     try:
         root = course_root()
@@ -171,7 +172,13 @@ def untouched_release(lab: Lab, submission: Path) -> NotebookNode | None:
     master = root / "solutions" / lab.name / f"{lab.notebook}.py"
     can_build = master.is_file() and _has("jupytext")
     if can_build and _has("nbgrader"):
+        from effnlp_lab.build import release_notebook
+        from effnlp_lab.master import read_master
+
         return release_notebook(read_master(master))
+    kept = root / UNTOUCHED / f"{lab.name}.ipynb"
+    if kept.is_file():
+        return nbformat.read(kept, as_version=4)
     released = root / "labs" / lab.name / f"{lab.notebook}.ipynb"
     if released.is_file() and not released.samefile(submission):
         found = nbformat.read(released, as_version=4)
@@ -265,6 +272,9 @@ def _read_rest(found: Checked, steps: Sequence[Step]) -> None:
 
 def _blanked(path: Path) -> NotebookNode:
     """What the release has of cells and metadata, but for nbgrader's checksums, which the grader adds."""
+    from effnlp_lab.build import opened, solution_notebook
+    from effnlp_lab.master import blank_source, read_master
+
     master = read_master(path)
     notebook = copy.deepcopy(solution_notebook(master))
     for cell in notebook.cells:
