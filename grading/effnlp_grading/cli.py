@@ -159,9 +159,13 @@ def demo_verb(
     device: OnDevice = "auto",
     jobs: Jobs = None,
     out: Annotated[Path | None, typer.Option(help="Where to work and report.", show_default="build")] = None,
+    hand_in: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Only write what Canvas would hand out of a "
+                                                                        "made-up class, and its roster.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="With --hand-in: of so many students.")] = 30,
+    lab: Annotated[str, typer.Option(help="With --hand-in: of this lab.")] = "01",
 ) -> None:
     """Execute the first labs, grade a class of made-up students, and write build/report/index.html."""
-    raise typer.Exit(main_demo(device, jobs, out))
+    raise typer.Exit(main_demo(device, jobs, out) if hand_in is None else main_hand_in(hand_in, size, lab))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,6 +257,21 @@ def main_demo(device: str = "auto", jobs: int | None = None, out: Path | None = 
     from effnlp_grading import demo
 
     return demo.main(device, jobs, out)
+
+
+def main_hand_in(folder: Path, size: int, lab: str) -> int:
+    """See `effnlp_grading.sample_class.hand_in`."""
+    from effnlp_grading import sample_class
+    from effnlp_grading.course import find_course
+    from effnlp_lab import exercises
+    from effnlp_lab.cli import match_lab
+    from effnlp_lab.master import read_master
+
+    root, spec = find_course().root, exercises.lab(match_lab(lab))
+    master = read_master(root / "solutions" / spec.name / f"{spec.notebook}.py")
+    download, roster = sample_class.hand_in(folder, master, root / "labs", size)
+    print(f"A made-up class of {size} in {spec.name}: {download}, {roster}")
+    return 0
 
 
 def _print_table(results: Sequence) -> None:

@@ -6,7 +6,9 @@ Student k makes the k-th known mistake of every exercise; where an exercise has 
 from __future__ import annotations
 
 import copy
+import csv
 import linecache
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from effnlp_lab.notebook.check import verdict_of
 PERFECT, BLANK = "perfect", "blank"
 MISTAKEN = tuple(f"student_{k}" for k in range(1, 7))
 CLASS = (PERFECT, BLANK, *MISTAKEN)
+GIVEN = ("Ada", "Grace", "Alan", "Emmy", "Edsger", "Sofia", "Omar")
+FAMILY = ("Ng", "Okafor", "Kowalska", "Haddad", "Berg", "Silva")
 
 
 def describe(student: str) -> str:
@@ -77,6 +81,31 @@ def submit(student: str, master: Master, labs: Path, submitted: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(submission(nbformat.read(release, as_version=4), answers(student, master)), path)
     return path
+
+
+def hand_in(folder: Path, master: Master, labs: Path, size: int) -> tuple[Path, Path]:
+    """Write to `folder` what Canvas hands out of a class of `size`, and the class's roster: zip and CSV file.
+
+    Every student does as one of CLASS does, in turn; one in ten hands in nothing.
+    """
+    import nbformat
+
+    name = f"{master.lab.notebook}.ipynb"
+    release = nbformat.read(labs / master.lab.name / name, as_version=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    download, roster = folder / "canvas.zip", folder / "roster.csv"
+    with (zipfile.ZipFile(download, "w", zipfile.ZIP_DEFLATED) as archive,
+          roster.open("w", newline="", encoding="utf-8") as file):
+        rows = csv.writer(file)
+        rows.writerow(["id", "name", "email", "canvas_id"])
+        for number in range(1, size + 1):
+            given, family = GIVEN[number % len(GIVEN)], FAMILY[number % len(FAMILY)]
+            rows.writerow([f"s{number:03d}", f"{given} {family}", f"s{number:03d}@example.edu", 4700 + number])
+            if number % 10:
+                notebook = submission(release, answers(CLASS[number % len(CLASS)], master))
+                archive.writestr(f"{family}{given}_{4700 + number}_{90_000 + number}_{name}".lower(),
+                                 nbformat.writes(notebook))
+    return download, roster
 
 
 def judged_points(master: Master, written: Mapping[str, str], seed: int) -> dict[str, float]:

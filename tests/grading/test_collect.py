@@ -321,3 +321,11 @@ def test_a_locked_zip_is_a_sentence(tmp_path):
 
 def test_utc_stays_utc():
     assert read_time("2026-10-01 10:00:00 UTC") == datetime(2026, 10, 1, 10, tzinfo=UTC)
+
+
+def test_a_made_up_class_to_rehearse_with_is_collected(course, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)  # where the masters are
+    assert main(["demo", "--hand-in", str(tmp_path / "trial"), "--size", "11"]) == 0
+    done = collect(course, LAB, [tmp_path / "trial" / "canvas.zip"], roster=tmp_path / "trial" / "roster.csv")
+    assert len(done.placed) == 10 and not done.not_placed and "s010" not in done.placed
+    assert done.placed == course.students(LAB)
