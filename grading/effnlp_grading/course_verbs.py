@@ -63,8 +63,10 @@ def return_verb(
 ) -> None:
     """Write each student's feedback and verdicts in the shape in which the platform takes them back."""
     from effnlp_grading.handback import hand_back, summary
+    from effnlp_grading.teams import finish
 
     course, name = _course(lab)
+    finish(course, name, print)
     done = hand_back(course, name, out or course.root / "grading" / "returned", platform=platform, roster=roster,
                      worksheet=worksheet)
     for sentence in [*done.said, *summary(done)]:

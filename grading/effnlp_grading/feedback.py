@@ -1,12 +1,17 @@
 """nbgrader's feedback pages, made in a fraction of the time: what is the same in every submission is rendered once.
 
 nbconvert renders each page's prose and given code anew, and parses the whole page again for attributes of elements that
-nbgrader's template does not have. Here rendered pieces are kept by their text, and the page is left as it is.
+nbgrader's template does not have. Here rendered pieces are kept by their text, and the page is left as it is. It ends
+in a comment on what it says of grades, so that a page is known to be older than what a person gave since.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import BytecodeCache, pass_context
@@ -19,6 +24,20 @@ from nbformat import NotebookNode
 
 KEPT = 4_000  # rendered pieces
 _markdown: dict[str, str] = {}
+
+
+def mark_of(scores: Mapping[str, float], comments: Mapping[str, str | None], penalty: float) -> str:
+    """What a page that says this ends in: points by cell, comments by cell, and the points that being late costs."""
+    told = [{name: round(float(score), 6) for name, score in scores.items()},
+            {name: text for name, text in comments.items() if text}, round(float(penalty), 6)]
+    return f"<!-- grades {hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]} -->"
+
+
+def says(page: Path, mark: str) -> bool:
+    """Whether a page ends in this mark."""
+    with page.open("rb") as file:
+        file.seek(max(0, page.stat().st_size - 200))
+        return mark.encode() in file.read()
 
 
 class _Compiled(BytecodeCache):
@@ -60,7 +79,17 @@ class FeedbackExporter(HTMLExporter):
         self.register_filter("highlight_code", _highlighter(language.get("pygments_lexer", language.get("name"))))
         self.register_filter("filter_data_type", WidgetsDataTypeFilter(
             notebook_metadata=self._nb_metadata, parent=self, resources=resources))
-        return TemplateExporter.from_notebook_node(self, nb, resources, **named)
+        page, resources = TemplateExporter.from_notebook_node(self, nb, resources, **named)
+        return f"{page}\n{self._mark}\n", resources
+
+    def _preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
+        """As nbconvert's, after which the cells say what the gradebook says."""
+        nb, resources = super()._preprocess(nb, resources)
+        cells = [cell.metadata["nbgrader"] for cell in nb.cells if cell.metadata.get("nbgrader", {}).get("grade_id")]
+        self._mark = mark_of({one["grade_id"]: one["score"] for one in cells if "score" in one},
+                             {one["grade_id"]: one["comment"] for one in cells if "comment" in one},
+                             resources.get("nbgrader", {}).get("late_penalty", 0.0))
+        return nb, resources
 
 
 @cache

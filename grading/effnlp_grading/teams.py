@@ -1,4 +1,5 @@
-"""What follows the grading of a lab: one grade for each team, late days, and feedback pages that say so.
+"""What follows the grading of a lab, by us or by a person in formgrader: one grade for each team, late days, and
+feedback pages that say so.
 
 All of it may be done again at any time, and then changes nothing.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effnlp_grading.course import Course
+from effnlp_grading.feedback import mark_of, says
 from effnlp_grading.late import settle
 from effnlp_grading.roster import Team, roster_of, teams_of
 from effnlp_grading.writer import Writer
@@ -21,7 +23,7 @@ _COMMENT = ("auto_comment", "manual_comment")
 
 
 def finish(course: Course, lab: str, show: Callable[[str], None] = lambda sentence: None) -> None:
-    """Give teams their grade, count late days, and write again the feedback pages that this changes.
+    """Give teams their grade, count late days, and write again the feedback pages that say something else.
 
     `show` is called with a sentence for everything that could not be done.
     """
@@ -32,8 +34,9 @@ def finish(course: Course, lab: str, show: Callable[[str], None] = lambda senten
     changed, problems = settle(course)
     for sentence in problems:
         show(sentence)
-    writer = Writer(course) if changed else None
-    for name, student in changed:
+    rewritten = dict.fromkeys([*changed, *((lab, student) for student in _outdated(course, lab))])
+    writer = Writer(course) if rewritten else None
+    for name, student in rewritten:
         if course.submission(student, name).is_file() and course.autograded(student, name).is_file():
             why = writer.write_feedback(name, student)
             if why:
@@ -41,6 +44,25 @@ def finish(course: Course, lab: str, show: Callable[[str], None] = lambda senten
     for name in {lab, *(name for name, _ in changed)}:
         for team in shared if name == lab else teams.in_lab(name):
             _share_pages(course, name, team)
+
+
+def _outdated(course: Course, lab: str) -> list[str]:
+    """Whose feedback page says something else than the gradebook: points or a comment were given by hand since."""
+    from nbgrader.api import Gradebook, MissingEntry
+
+    found = []
+    with Gradebook(course.patient_url) as book:
+        try:
+            submissions = book.assignment_submissions(lab)
+        except MissingEntry:
+            return []
+        for one in submissions:
+            page = course.feedback(one.student.id, lab)
+            scores = {grade.name: grade.score or 0.0 for notebook in one.notebooks for grade in notebook.grades}
+            comments = {said.name: said.comment for notebook in one.notebooks for said in notebook.comments}
+            if page.is_file() and not says(page, mark_of(scores, comments, one.late_submission_penalty or 0.0)):
+                found.append(one.student.id)
+    return found
 
 
 def _share(course: Course, lab: str, team: Team, show: Callable[[str], None]) -> bool:

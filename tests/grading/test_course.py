@@ -323,6 +323,24 @@ def test_estimate(course, capsys):
         main(["grade", "02", "--estimate"])
 
 
+def test_points_and_comments_by_hand_reach_the_page_that_is_returned(course, capsys):
+    """Formgrader writes to the gradebook alone; pages that nobody touched stay as they are."""
+    assert main(["return", "01"]) == 0
+    with Gradebook(course.db_url) as book:
+        told = (SPEC.notebook, LAB, "mixed")
+        book.find_grade(f"written_{SPEC.written[0].name}", *told).manual_score = 0.62
+        book.find_comment(FIRST, *told).manual_comment = "Half of it is a good idea."
+        book.db.commit()
+    before = {path: path.stat().st_mtime_ns for path in course.root.glob("grading/feedback/*/*/*.html")}
+    assert main(["return", "01"]) == 0
+    page = course.root / "grading" / "returned" / "by_hand" / "mixed" / f"feedback_{LAB}.html"
+    text = page.read_text("utf-8")
+    assert "Half of it is a good idea." in text and f"(Score: {course.grades(LAB)['mixed'].final:g} / " in text
+    changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert changed == [course.feedback("mixed", LAB)] and len(before) == 4
+    assert main(["return", "01"]) == 0 and page.read_text("utf-8") == text
+
+
 def test_replay_from_what_was_returned(course, capsys, graded_class):
     """The failing case on the student's machine; and what is said of a notebook that is not the one judged."""
     give_platforms(course)
