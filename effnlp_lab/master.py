@@ -21,6 +21,8 @@ from effnlp_lab.exercises.spec import Lab
 
 Kind = Literal["prose", "parameters", "given", "exercise", "check", "demo", "predict", "written"]
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+_ROW = re.compile(r"^\|[^|]+\| `(\w+)`[^|]*\| ([^|]+?) \| ([^|]+?) \| (\d) of 5 \|$", re.MULTILINE)
+_LINE = re.compile(r"^\*(.+?), about (\d+) minutes, difficulty (\d) of 5\.\*", re.MULTILINE)
 KEYS = {"exercise", "check", "tags", "needs", "predict", "written"}
 TAGS = {"parameters", "demo", "nbval-check-output"}
 
@@ -89,7 +91,7 @@ def read_master(path: Path) -> Master:
         cells.append(_cell(path, assistants, cell, line))
     master = Master(lab, path, tuple(cells))
     for rule in (_names_are_known, _markers_are_sound, _checks_are_one_line, _no_demo_names, _room_stays_out,
-                 _judged_are_known):
+                 _judged_are_known, _figures_are_the_specs):
         rule(master)
     return master
 
@@ -245,6 +247,27 @@ def _no_demo_names(master: Master) -> None:
                 f"this {cell.kind} cell uses {lost[0]!r}, which only a demo defines: demos are not run when grading.",
             )
         kept |= bound_names(tree)
+
+
+def _figures_are_the_specs(master: Master) -> None:
+    """Points, minutes and difficulty in the table at the top and under an exercise's heading are those of the spec."""
+    for place, cell in enumerate(master.cells):
+        if cell.kind != "prose":
+            continue
+        following = next((c.name for c in master.cells[place:] if c.kind == "exercise"), None)
+        said = [(row[0], row[1:], "| {0} | {1} | {2} of 5 |") for row in _ROW.findall(cell.source)]
+        said += [(following, line, "*{3}, about {1} minutes, difficulty {2} of 5.*")
+                 for line in _LINE.findall(cell.source) if following]
+        for name, figures, form in said:
+            spec = next((e for e in master.lab.exercises if e.name == name), None)
+            if spec is None:
+                continue
+            worth = "badge" if spec.kind == "stretch" else f"{spec.points:g}"
+            spelt = "A badge" if spec.kind == "stretch" else f"{worth} point{'' if spec.points == 1 else 's'}"
+            right = (spelt if "{3}" in form else worth, str(spec.minutes), str(spec.difficulty))
+            if tuple(figures) != right:
+                wanted = form.format(worth, spec.minutes, spec.difficulty, spelt)
+                _fail(master.path, cell.first_line, f"the prose on {name!r} is not what its spec says: write {wanted}")
 
 
 def _room_stays_out(master: Master) -> None:

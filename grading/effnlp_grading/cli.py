@@ -189,6 +189,7 @@ def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", job
     from effnlp_grading.class_report import write_class_report
     from effnlp_grading.course import find_course
     from effnlp_grading.estimate import keep_run
+    from effnlp_grading.regrade import judged_at_other_points
     from effnlp_grading.teams import finish
     from effnlp_lab.cli import match_lab
     from effnlp_lab.device import resolve
@@ -216,6 +217,8 @@ def main_grade(lab: str, students: Sequence[str] = (), device: str = "auto", job
     for result in results:
         for sentence in result.look:
             print(f"{result.student}: {sentence}")
+    for sentence in judged_at_other_points(course, name, chosen):
+        print(sentence)
     lost = [result for result in results if result.state == "not graded"]
     for result in lost:
         log = course.log(result.student, name)

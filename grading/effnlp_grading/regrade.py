@@ -20,7 +20,7 @@ from effnlp_grading.judging import settings
 from effnlp_grading.limits import Limits
 from effnlp_grading.plan import digest_of, steps_of
 from effnlp_grading.preprocessors import record_path, wants_sandbox
-from effnlp_grading.records import read_lines, write_lines
+from effnlp_grading.records import read_lines, read_record, write_lines
 from effnlp_grading.repair import RepairError, read_submission, repair
 from effnlp_grading.results import Result
 from effnlp_grading.sandbox import Sandbox
@@ -87,6 +87,18 @@ def regrade(course: Course, lab: str, exercise: str, *, students: Sequence[str] 
     changes = [one.change(student) for student in chosen]
     one.close()
     return changes
+
+
+def judged_at_other_points(course: Course, lab: str, students: Sequence[str]) -> list[str]:
+    """A sentence on each exercise whose verdicts were made before its points were changed."""
+    now = {e.name: float(e.points) for e in exercises.lab(lab).exercises}
+    before: dict[str, set[str]] = {}
+    for student in students:
+        for verdict in read_record(record_path(course.root / "grading", lab, student)):
+            if verdict.get("points") != now.get(verdict["exercise"], verdict.get("points")):
+                before.setdefault(verdict["exercise"], set()).add(f"{verdict['points']:g}")
+    return [f"{name} is worth {now[name]:g} now and was judged at {' and '.join(sorted(points))}: run `effnlp regrade "
+            f"{lab} {name}`." for name, points in before.items()]
 
 
 class _Regrade:

@@ -323,6 +323,18 @@ def test_estimate(course, capsys):
         main(["grade", "02", "--estimate"])
 
 
+def test_verdicts_from_before_points_were_changed_are_named(course):
+    path = record_path(course.root / "grading", LAB, "mixed")
+    lines = read_lines(path)
+    for line in lines:
+        if line.get("exercise") == FIRST:
+            line["points"] = 0.5
+    assert regrading.judged_at_other_points(course, LAB, ["perfect", "mixed"]) == []
+    write_lines(path, lines)
+    (said,) = regrading.judged_at_other_points(course, LAB, ["perfect", "mixed"])
+    assert said == f"{FIRST} is worth 1 now and was judged at 0.5: run `effnlp regrade {LAB} {FIRST}`."
+
+
 def test_points_and_comments_by_hand_reach_the_page_that_is_returned(course, capsys):
     """Formgrader writes to the gradebook alone; pages that nobody touched stay as they are."""
     assert main(["return", "01"]) == 0

@@ -119,6 +119,9 @@ def test_outputs_are_carried_while_the_code_matches_and_check_tells_stale(master
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ([("# # Toy", "# | 1 | `count`: count (or not) | 1 | 15 | 1 of 5 |")], r"write \| 1 \| 10 \| 1 of 5 \|"),
+        ([("# # Toy", "# *4 points, about 10 minutes, difficulty 2 of 5.* Go on.")],
+         "'softmax' is not what .* difficulty 1"),
         ([('exercise="count"', 'exercize="count"')], "unknown key 'exercize'"),
         ([('exercise="count"', 'exercise="counts"')], "unknown exercise 'counts'"),
         ([('exercise="count"', 'exercise="softmax"')], "a second exercise cell is called 'softmax'"),
