@@ -21,7 +21,7 @@ help:
 	@echo "make grading-bench  a class of 200 killed and resumed, 100,000 fuzzed inputs, and the speed beside nbgrader"
 	@echo "make semester  60 students, every lab, three learning platforms; killed ten times and gone on with"
 	@echo "make build  build labs/ and solutions/*.ipynb from the masters"
-	@echo "make lint   ruff, and whether the built notebooks match their masters"
+	@echo "make lint   ruff, and whether notebooks and pages match masters and specs"
 	@echo "make clean  remove build/ and caches"
 	@echo "make env    only create .venv"
 
@@ -60,6 +60,7 @@ build: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m effnlp_lab build --check
+	$(RUN) -m effnlp_lab docs --check
 
 clean:
 	rm -rf build dist *.egg-info grading/*.egg-info .pytest_cache .ruff_cache .hypothesis

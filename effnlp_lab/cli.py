@@ -66,6 +66,14 @@ def new_lab(
 
 
 @app.command()
+def docs(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where something is stale.")] = False,
+) -> None:
+    """Write what the specs say into docs/labs/, the pages to read before a lab."""
+    _finish(_load("effnlp_lab.pages").main(check))
+
+
+@app.command()
 def run(
     labs: Labs = None,
     device: OnDevice = "auto",

@@ -40,12 +40,15 @@ def main(name: str, title: str = "", room: bool = False, execute: bool = True, r
         print(f"wrote {path}")
     command = [sys.executable, "-m", "effnlp_lab", "build", name, *(["--execute"] if execute else [])]
     paths = [str(root), str(root / "grading"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    code = subprocess.call(command, cwd=root, env=dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths))))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)))
+    code = subprocess.call(command, cwd=root, env=environment)
     if code:
         return 1
+    if (root / "docs" / "labs").is_dir():
+        subprocess.call([sys.executable, "-m", "effnlp_lab", "docs"], cwd=root, env=environment)
     print(f"Lab {name} is there, and not graded yet. Write solutions/{name}/{name[3:]}.py and\n"
-          f"effnlp_lab/exercises/{name}/ further (docs/labs.md), add a row to the table in README.md, and set\n"
-          "graded=True once it has four core exercises. What to check it with: "
+          f"effnlp_lab/exercises/{name}/ further (docs/labs.md), and docs/labs/{name}.md, add a row to the table in\n"
+          "README.md, and set graded=True once it has four core exercises. What to check it with: "
           f"`effnlp audit {name[:2]}`, `effnlp mutate {name[:2]}`.")  # fmt: skip
     return 0
 

@@ -31,7 +31,7 @@ GRADER = Path(__file__).resolve().parent
 MARK = ".effnlp-release.json"
 README = Path(__file__).with_name("student_readme.md")
 INSTRUCTORS = {"audit.py", "build.py", "gpurun", "master.py", "mutate.py", "mutation", "new_lab.py", "new_lab_texts.py",
-               "opening.py", "policy.py", "settings.py"}  # of effnlp_lab
+               "opening.py", "pages.py", "policy.py", "settings.py"}  # of effnlp_lab
 PLAIN_FILES = ("LICENSE", "LICENSE-prose", "constraints.txt", "docs/machines.md", ".gitattributes")
 SECTIONS_LEFT_OUT = ("[tool.ruff", "[tool.pytest", "[tool.effnlp")
 EXTRAS_LEFT_OUT = ("grading", "test")
@@ -99,7 +99,7 @@ def _files(course: Course, root: Path) -> Iterator[tuple[str, bytes]]:
         yield f"grading/effnlp_grading/{name}.py", (GRADER / f"{name}.py").read_bytes()
     for path in sorted((GRADER / "inside").glob("*.py")):  # what `submit` runs cells in
         yield f"grading/effnlp_grading/inside/{path.name}", path.read_bytes()
-    for name in PLAIN_FILES:
+    for name in (*PLAIN_FILES, *(f"docs/labs/{path.name}" for path in sorted((root / "docs" / "labs").glob("*.md")))):
         yield name, (root / name).read_bytes()
     yield "pyproject.toml", _project((root / "pyproject.toml").read_text("utf-8")).encode()
     yield ".gitignore", IGNORED.encode()
