@@ -174,7 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=None if arguments is None else list(arguments), prog_name="effnlp")
     except ImportError as error:
         if not str(error.name).startswith(("effnlp_grading", "effnlp_lab")):
-            raise
+            if not isinstance(error, ModuleNotFoundError):
+                raise
+            raise UsageError(f"The package {error.name} is not installed: run `pip install "
+                             "'effnlp-lab[notebooks,grading]'`, or see `effnlp doctor`.") from error
         raise UsageError(f"`effnlp {' '.join(arguments or ())}` is the instructor's, and this is a student's "
                          f"repository: use a complete checkout ({error}).") from error
     except SystemExit as end:
