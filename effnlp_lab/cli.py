@@ -240,6 +240,18 @@ def regrade(context: typer.Context) -> None:
     _grading("regrade", context.args)
 
 
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def report(context: typer.Context) -> None:
+    """Write the page on a class again, with names or with pseudonyms: `effnlp report LAB`."""
+    _grading("report", context.args)
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def forget(context: typer.Context) -> None:
+    """Delete records of students that are older than the course keeps them: `effnlp forget`."""
+    _grading("forget", context.args)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. An error of ours is one sentence, never a traceback."""
     if threading.current_thread() is threading.main_thread():

@@ -11,6 +11,7 @@ from typing import Any
 
 from effnlp_grading.course import Course, Grade
 from effnlp_grading.preprocessors import record_path
+from effnlp_grading.pseudonyms import Pseudonyms
 from effnlp_grading.records import read_record
 from effnlp_grading.results import Result
 from effnlp_lab import exercises
@@ -34,17 +35,26 @@ class ExerciseSummary:
     seconds: float = 0.0
 
 
-def write_class_report(course: Course, lab: str, results: Mapping[str, Result]) -> Path:
-    """Write grading/reports/LAB/index.html with nbgrader.csv and canvas.csv beside it; return the page."""
+def write_class_report(course: Course, lab: str, results: Mapping[str, Result],
+                       pseudonyms: Pseudonyms | None = None) -> Path:  # fmt: skip
+    """Write grading/reports/LAB/index.html with nbgrader.csv and canvas.csv beside it; return the page.
+
+    With pseudonyms, grading/reports/LAB/pseudonyms/ gets a page and points.csv in which nobody is named.
+    """
     import jinja2
 
     spec = exercises.lab(lab)
-    folder = course.root / "grading" / "reports" / lab
+    folder = course.root / "grading" / "reports" / lab / ("pseudonyms" if pseudonyms else "")
     folder.mkdir(parents=True, exist_ok=True)
     grades = course.grades(lab)
     kept = {student: read_record(record_path(course.root / "grading", lab, student)) for student in grades}
-    write_nbgrader_csv(course, lab, folder / "nbgrader.csv")
-    write_canvas_csv(course, spec, grades, folder / "canvas.csv")
+    look = needs_a_person(results, kept)
+    if pseudonyms:
+        look = [(pseudonyms.of(student), pseudonyms.hide(sentence, grades)) for student, sentence in look]
+        write_points_csv(spec, grades, pseudonyms, folder / "points.csv")
+    else:
+        write_nbgrader_csv(course, lab, folder / "nbgrader.csv")
+        write_canvas_csv(course, spec, grades, folder / "canvas.csv")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
@@ -52,7 +62,8 @@ def write_class_report(course: Course, lab: str, results: Mapping[str, Result]) 
         scores=[grade.final for grade in grades.values()], mean=_mean([grade.final for grade in grades.values()]),
         median=statistics.median([g.final for g in grades.values()]) if grades else 0.0,
         seconds=sum(v.get("seconds", 0.0) for verdicts in kept.values() for v in verdicts),
-        look=needs_a_person(results, kept), missing=[r for r in results.values() if r.state == "not graded"])
+        look=look, files=["points.csv"] if pseudonyms else ["nbgrader.csv", "canvas.csv"],
+        missing=[r for r in results.values() if r.state == "not graded"])
     (folder / "index.html").write_text(page, "utf-8")
     return folder / "index.html"
 
@@ -101,6 +112,17 @@ def write_nbgrader_csv(course: Course, lab: str, path: Path) -> None:
     plugin.to, plugin.assignment = str(path), [lab]
     with Gradebook(course.db_url) as book:
         plugin.export(book)
+
+
+def write_points_csv(lab: Lab, grades: Mapping[str, Grade], pseudonyms: Pseudonyms, path: Path) -> None:
+    """Points by pseudonym: each exercise, all that was graded, what being late costs; in the pseudonyms' order."""
+    from effnlp_grading.export import as_csv
+
+    names = [e.name for e in lab.exercises if e.twin_of is None]
+    rows = sorted([pseudonyms.of(student), *(f"{grade.exercises.get(name, (0.0, 0.0))[0]:g}" for name in names),
+                   f"{grade.score:g}", f"{grade.penalty:g}", f"{grade.final:g}"]
+                  for student, grade in grades.items())  # fmt: skip
+    path.write_text(as_csv([["pseudonym", *names, "score", "penalty", "final"], *rows]), "utf-8", newline="")
 
 
 def write_canvas_csv(course: Course, lab: Lab, grades: Mapping[str, Grade], path: Path) -> None:

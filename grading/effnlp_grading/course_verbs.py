@@ -27,6 +27,8 @@ def add_to(app: typer.Typer) -> None:
     app.command("return")(return_verb)
     app.command("export")(export_verb)
     app.command("regrade")(regrade_verb)
+    app.command("report")(report_verb)
+    app.command("forget")(forget_verb)
 
 
 def collect_verb(
@@ -123,6 +125,58 @@ def regrade_verb(
     for line in table(changes):
         print(line)
     raise typer.Exit(1 if any(one.before is None for one in changes) else 0)
+
+
+def report_verb(
+    lab: OneLab,
+    pseudonyms: Annotated[bool, typer.Option("--pseudonyms", help="Name nobody: a page and points.csv with "
+                                                                  "pseudonyms.")] = False,
+    who: Annotated[str | None, typer.Option(help="Only say whose pseudonym this is.")] = None,
+) -> None:
+    """Write the page on the class again, from what was graded."""
+    from effnlp_grading.class_report import write_class_report
+    from effnlp_grading.pseudonyms import Pseudonyms
+
+    course, name = _course(lab)
+    grades = course.grades(name)
+    if not grades:
+        raise UsageError(f"No submission of {name} is graded: run `effnlp grade {name}` first.")
+    names = Pseudonyms.of_course(course) if pseudonyms or who else None
+    if who:
+        found = [student for student in grades if names.of(student) == who]
+        if not found:
+            raise UsageError(f"{who} is the pseudonym of nobody with a grade in {name}.")
+        print(found[0])
+    else:
+        print(f"{name}: {len(grades)} students: {write_class_report(course, name, {}, names)}")
+
+
+def forget_verb(
+    older_than: Annotated[float | None, typer.Option(min=0, metavar="DAYS", help="Records untouched for so long.",
+                                                     show_default="keep_days in pyproject.toml")] = None,
+    student: Annotated[str | None, typer.Option(help="Only this student's, of any age.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete records of students that are older than the course keeps them; says which, and asks."""
+    from effnlp_grading.course import find_course
+    from effnlp_grading.forget import chosen, forget, in_words
+
+    course = find_course()
+    some = chosen(course, older_than, student)
+    if not some:
+        print("There is nothing to forget.")
+        return
+    for sentence in in_words(course, some):
+        print(sentence)
+    try:
+        agreed = yes or typer.confirm("Delete all of this for good?")
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        print("Nothing was deleted.")
+        raise typer.Exit(1)
+    forget(course, some)
+    print("It is deleted.")
 
 
 def main_estimate(lab: str, device: str, jobs: int | None, size: int | None, force: bool) -> int:

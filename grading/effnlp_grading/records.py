@@ -67,6 +67,17 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(path) if "exercise" in line]
 
 
+def key_of(folder: Path, name: str) -> bytes:
+    """A key of the course in `folder`, made when there is none; nobody else on this machine can read it."""
+    path = folder / name
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    return path.read_text().strip().encode()
+
+
 class Seeds:
     """Seeds that only the course knows: a keyed hash of student, exercise and text. EFFNLP_SEED fixes them all."""
 
@@ -76,13 +87,7 @@ class Seeds:
     @classmethod
     def of_course(cls, folder: Path) -> Seeds:
         """With the key of the course in `folder`, made when there is none."""
-        path = folder / "seed_key"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
-        return cls(path.read_text().strip().encode())
+        return cls(key_of(folder, "seed_key"))
 
     def seed(self, student: str, exercise: str, digest: str) -> int:
         if os.environ.get("EFFNLP_SEED"):

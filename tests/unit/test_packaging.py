@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -180,14 +181,31 @@ def test_the_wheel_alone(empty_environment, tmp_path):
     missing = {line.split()[0] for line in doctor.stdout.splitlines() if " missing " in line}
     assert {"jupyterlab", "papermill", "nbval", "jupytext"} <= missing
     assert doctor.stdout.count("pip install 'effnlp-lab[notebooks]'") >= 4 and not doctor.stderr
-    code = ("from effnlp_lab import check; import effnlp_lab, sys\n"
+    code = ("import sys\n"
+            "sys.addaudithook(lambda name, _: print(name) if name in ('socket.connect', 'socket.getaddrinfo') else 0)\n"
+            "from effnlp_lab import check; import effnlp_lab\n"
             "def merge_pair(word, pair, new_id): raise NotImplementedError\n"
             "print(check('merge_pair', merge_pair), sys.prefix in effnlp_lab.__file__)")
     checked = run("python", "-c", code)
+    assert "socket" not in checked.stdout  # no connection is opened
     assert checked.returncode == 0 and checked.stdout.endswith("0.0 True\n"), checked.stdout + checked.stderr
     for verb in (["grade", "01"], ["build"]):
         said = run("effnlp", *verb)
         assert said.returncode == 2 and said.stderr.count("\n") == 1 and "Traceback" not in said.stderr, said.stderr
+
+
+def test_no_module_of_ours_speaks_to_the_network():
+    """The grader's sockets are pairs on this machine; clients of the web are imported nowhere."""
+    web = {"requests", "httpx", "aiohttp", "urllib3", "urllib.request", "http.client", "smtplib", "ftplib", "telnetlib"}
+    found = []
+    for path in [*(ROOT / "effnlp_lab").rglob("*.py"), *(ROOT / "grading").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                found += [f"{path}: {name}" for name in names if name in web or name.partition(".")[0] in web]
+            elif isinstance(node, ast.Attribute) and node.attr in ("AF_INET", "AF_INET6", "create_connection"):
+                found.append(f"{path}: {node.attr}")
+    assert not found
 
 
 def test_licences():
