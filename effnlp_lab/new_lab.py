@@ -46,10 +46,10 @@ def main(name: str, title: str = "", room: bool = False, execute: bool = True, r
         return 1
     if (root / "docs" / "labs").is_dir():
         subprocess.call([sys.executable, "-m", "effnlp_lab", "docs"], cwd=root, env=environment)
-    print(f"Lab {name} is there, and not graded yet. Write solutions/{name}/{name[3:]}.py and\n"
-          f"effnlp_lab/exercises/{name}/ further (docs/labs.md), and docs/labs/{name}.md, add a row to the table in\n"
-          "README.md, and set graded=True once it has four core exercises. What to check it with: "
-          f"`effnlp audit {name[:2]}`, `effnlp mutate {name[:2]}`.")  # fmt: skip
+    print(f"Lab {name} is there, and not graded yet. To be written further (docs/labs.md):\n"
+          f"  solutions/{name}/{name[3:]}.py\n  effnlp_lab/exercises/{name}/\n  docs/labs/{name}.md\n"
+          "Add a row to the table in README.md, and set graded=True once it has four core exercises. What to check it\n"
+          f"with: `effnlp audit {name[:2]}`, `effnlp mutate {name[:2]}`.")  # fmt: skip
     return 0
 
 
