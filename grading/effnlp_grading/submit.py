@@ -90,7 +90,7 @@ def check(submission: NotebookNode, lab: Lab, path: Path, device: str) -> Checke
     if release is None:
         found.unchecked.append("Whether an editor lost or changed cells: no untouched copy of the lab is here. Run "
                                "this in the course's folder, with jupytext installed.")  # fmt: skip
-    if not _has("nbgrader"):
+    if not _has("nbgrader") and not _in_a_students_repository():
         found.unchecked.append("Whether nbgrader itself reads it: nbgrader is not installed here, and need not be; the "
                                "grader rebuilds what it needs.")  # fmt: skip
     found.wrong += [f"The answer cell of {name} is gone: take it from a fresh copy of the lab." for name in whole.lost]
@@ -290,6 +290,14 @@ def _untouched(notebook: NotebookNode) -> bool:
     answers = [c for c in notebook.cells if c.cell_type == "code" and
                (c.metadata.get("nbgrader") or {}).get("solution")]  # fmt: skip
     return bool(answers) and all(STUB in cell.source for cell in answers)
+
+
+def _in_a_students_repository() -> bool:
+    """Where nbgrader is not expected, and the grader's own repair has whole labs to go by."""
+    try:
+        return (course_root() / UNTOUCHED).is_dir()
+    except UsageError:
+        return False
 
 
 def _has(package: str) -> bool:
