@@ -379,6 +379,9 @@ def run_and_be_killed(course: Course, semester: Semester, after: int | None) -> 
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        import torch
+
+        torch.set_num_threads(1)  # a forked child has none of its parent's threads
         code = 1
         try:
             with (course.root / "log").open("a") as log:
