@@ -13,7 +13,6 @@ import zipfile
 
 import pytest
 import semester as made_up
-import torch
 from effnlp_grading.preprocessors import wants_sandbox
 from effnlp_grading.sandbox import sandbox_error
 from semester import Semester
@@ -41,7 +40,6 @@ def done(tmp_path_factory):
         for name, value in made_up.ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("EFFNLP_VARIANT_KEY", raising=False)
-        torch.set_num_threads(1)  # a forked process has none of the threads that this one waits for
         course = made_up.make_course(tmp_path_factory.mktemp("semester") / "course", SEMESTER)
         made_up.expected(SEMESTER)  # and what it imports is imported once, in this process
         chance = random.Random(int(os.environ.get("EFFNLP_SEMESTER_SEED", "5")))
