@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Lab 0: start here
+# # Lab 00: Start here
 #
 # Two hours, and nothing counts. This lab shows how the notebooks of this course work, and gives you five habits
 # that all of them need:
@@ -13,7 +13,7 @@
 # | 5 | writing a kernel, tile by tile | `add_vectors`, `row_sum`, `tiled_matmul` |
 #
 # **Points.** Each exercise carries one *practice point*, so that you see how points and partial credit look. None of
-# them counts toward a grade. Wrong answers cost nothing here or in any other lab, and you may check as often as you like.
+# them counts towards a grade. Wrong answers cost nothing here or in any other lab, and you may check as often as you like.
 #
 # **How to work.** Run the cells from top to bottom. A cell that says `raise NotImplementedError("your answer goes
 # here")` is yours: replace that line. The cell below it checks your answer. Cells that begin with `%%demo` measure
@@ -68,7 +68,9 @@ device = effnlp_lab.start("00_start_here", device=DEVICE, fast=FAST)
 #
 # The maximum keeps a sentence without any token from being 0/0: its mean is the zero vector.
 #
-# ### Exercise: `masked_mean` (difficulty 1 of 5, 8 minutes, 1 practice point)
+# ### Exercise 1: the mean of the real tokens
+#
+# *1 point, about 8 minutes, difficulty 1 of 5.*
 #
 # Do this one wrong first. Write `return tokens.mean(dim=1)`, run the check, and read what it says: it names the slip,
 # shows the first case that failed, and gives the points of the parts that do work. Then do it right.
@@ -110,9 +112,9 @@ check("masked_mean", masked_mean)
 
 # %% [markdown]
 # A check draws fresh random cases each time and says one of seven things: *not attempted, correct, incorrect, crashed,
-# timed out, over budget* (right, but with too much memory or work), or *not run here* (needs a GPU). The line "cases"
-# unfolds to all the cases, the part each belongs to, and the seed. When a check refuses an answer, its sentence is about
-# your answer; when it names a likely mistake, that mistake gives what your answer gave.
+# timed out, over budget* (right, but with too much memory or work), or *not run here* (needs a GPU). The line that
+# counts the cases unfolds to all of them, the part each belongs to, and the seed. When a check refuses an answer, its
+# sentence is about your answer; when it names a likely mistake, that mistake gives what your answer gave.
 
 # %% [markdown]
 # ## 2. Shapes and einsum
@@ -145,7 +147,9 @@ for rule, inputs in {
     )
 
 # %% [markdown]
-# ### Exercise: `attention_scores` (difficulty 1, 8 minutes, 1 practice point)
+# ### Exercise 2: attention scores
+#
+# *1 point, about 8 minutes, difficulty 1 of 5.*
 #
 # In attention every token asks (with its *query*) how well every token (with its *key*) answers. For batch $b$, head
 # $h$, query $q$, key $k$ and head dimension $d$,
@@ -184,7 +188,9 @@ def attention_scores(queries, keys):
 check("attention_scores", attention_scores)
 
 # %% [markdown]
-# ### Exercise: `split_heads` (difficulty 2, 8 minutes, 1 practice point)
+# ### Exercise 3: cut a vector into heads
+#
+# *1 point, about 8 minutes, difficulty 2 of 5.*
 #
 # Where do the heads come from? A model's hidden vector of `width` numbers is cut into `heads` pieces, each
 # `dim = width / heads` long, and the heads' axis moves before the length's, so that each head sees a sequence:
@@ -495,7 +501,9 @@ plots.show(
 )
 
 # %% [markdown]
-# ### Exercise: `timed` (difficulty 2, 15 minutes, 1 practice point)
+# ### Exercise 4: an honest stopwatch
+#
+# *1 point, about 15 minutes, difficulty 2 of 5.*
 #
 # Write the stopwatch that you will use in the rest of this lab. The device's `synchronize` and the `clock` are arguments,
 # so that the same function serves a GPU, a CPU and the pretend GPU.
@@ -644,7 +652,9 @@ print(f"four results kept in a list, with gradients: {kept:.0f} MiB")
 # costs 32 MiB and not 16. A list of losses that were never turned into numbers with `.item()` fills a GPU this way.
 
 # %% [markdown]
-# ### Exercise: `best_match` (difficulty 2, 12 minutes, 1 practice point)
+# ### Exercise 5: the best match, in blocks
+#
+# *1 point, about 12 minutes, difficulty 2 of 5.*
 #
 # Semantic search: for each of $n$ queries, how similar is the best of $m$ documents? With the vectors as rows of $Q$ and
 # $D$,
@@ -943,7 +953,9 @@ else:
 # at all (allocating and copying are fine).
 
 # %% [markdown]
-# ### Exercise: `add_vectors` (difficulty 2, 12 minutes, 1 practice point)
+# ### Exercise 6: add two vectors
+#
+# *1 point, about 12 minutes, difficulty 2 of 5.*
 #
 # $$\text{out}_i = x_i + y_i \qquad i = 0, \ldots, n - 1$$
 #
@@ -1002,7 +1014,9 @@ def add_vectors_twin(x, y, out, block):
 check("add_vectors", add_vectors, twin=add_vectors_twin)
 
 # %% [markdown]
-# ### Exercise: `row_sum` (difficulty 3, 15 minutes, 1 practice point)
+# ### Exercise 7: sum the rows
+#
+# *1 point, about 15 minutes, difficulty 3 of 5.*
 #
 # $$\text{out}_r = \sum_{c} x_{rc}$$
 #
@@ -1075,7 +1089,9 @@ def row_sum_twin(x, out, block):
 check("row_sum", row_sum, twin=row_sum_twin)
 
 # %% [markdown]
-# ### Exercise: `tiled_matmul` (difficulty 3, 25 minutes, 1 practice point)
+# ### Exercise 8: a product in tiles
+#
+# *1 point, about 25 minutes, difficulty 3 of 5.*
 #
 # $$\text{out}_{ij} = \sum_{l=0}^{k-1} a_{il}\, b_{lj}$$
 #
@@ -1276,7 +1292,11 @@ else:
     )
 
 # %% [markdown]
-# ## Receipt
+# On a GPU, adding and summing come near PyTorch's own: both wait for memory, and beyond reading each number once there is
+# little to do better. The product is another matter. It computes, and yours is right and still well behind `torch.mm`, which
+# takes larger tiles and fetches the next ones while it multiplies these. Lab 06 says more of what makes a kernel fast.
+#
+# ## The receipt
 #
 # Every lab ends with a receipt: the same work done in the plain way, by your answer and by a reference, and what each costs.
 # Here it is the search of Part 4. Memory and traffic are counted; time is measured with your own stopwatch.
@@ -1328,9 +1348,10 @@ path = receipt.save()
 
 # %% [markdown]
 # The work (FLOPs) is the same and the peak is not: that is the kind of saving this course is about. What the receipt also shows
-# is the price. Blocks move no fewer bytes, since each similarity is still written once and read once. To save that traffic
-# too, product and maximum have to happen in one kernel, on tiles that never leave the chip. That idea, applied to softmax
-# attention, is FlashAttention, and you have just written its outer loops.
+# is the price. Blocks move no fewer bytes, since each similarity is still written once and read once; and on a GPU many
+# small operations, each with a launch of its own, take longer than a few large ones. To save that traffic too, product and
+# maximum have to happen in one kernel, on tiles that never leave the chip. That idea, applied to softmax attention, is
+# FlashAttention, and you have just written its outer loops.
 
 # %% [markdown]
 # ## In your own words
@@ -1361,7 +1382,7 @@ path = receipt.save()
 #   a line in the batch size, so two small runs say what fits.
 # - A kernel is a program for one tile; masks guard the edges, strides find the rows, and totals are kept in float32.
 #
-# ## What to read
+# ## Read on
 #
 # - A. Vaswani et al., *Attention Is All You Need*, 2017: scaled dot products and heads.
 # - J. Devlin et al., *BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding*, 2018, and
