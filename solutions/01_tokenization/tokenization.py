@@ -21,6 +21,8 @@
 # | stretch | `encode_special`: special tokens | badge | 30 | 3 of 5 |
 # | stretch | `fertility`: scripts and code | badge | 20 | 2 of 5 |
 #
+# **Time.** About three and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** Python's lists, dictionaries, strings and bytes; no model is trained here, and no GPU is needed.
 #
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your function on fresh random cases,
@@ -178,8 +180,8 @@ if my_unknown_words_of_100 is not None:
           f"measured: {100 * by_word['unknown_rate']:.1f}.")
 
 # %% [markdown]
-# Two lessons are in the table. Characters: a vocabulary of a few hundred, almost nothing unknown, and about one token a
-# byte, the longest sequences there are. Words: short sequences, but tens of times the vocabulary, and still
+# Two lessons are in the table. Characters: a vocabulary of hundreds (a thousand or two at full size), almost nothing unknown,
+# and about one token a byte, the longest sequences there are. Words: short sequences, but tens of times the vocabulary, and still
 # a share of the test text is lost. Would more training text mend that? Only slowly, as the next plot shows.
 #
 # ### Why words run out: Zipf's law

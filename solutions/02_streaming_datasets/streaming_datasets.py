@@ -20,6 +20,8 @@
 # | stretch | `pack_documents`: pack without attending across documents | badge | 45 | 3 of 5 |
 # | stretch | `prefetch`: overlap loading with compute | badge | 40 | 4 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** Python's lists, generators and classes, and tensors. No model is trained here, and no GPU is needed.
 #
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your code on fresh random cases,

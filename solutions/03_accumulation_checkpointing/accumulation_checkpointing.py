@@ -17,6 +17,8 @@
 # | stretch | `checkpoint_segments`: segments of $\sqrt L$ layers | badge | 30 | 3 of 5 |
 # | stretch | `factored_update`: Adafactor's factored second moment | badge | 30 | 3 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** PyTorch's modules, optimizers and autograd, and the cross-entropy of a language model. A laptop is
 # enough: on a CPU the bytes are counted instead of measured, and the models are small.
 #

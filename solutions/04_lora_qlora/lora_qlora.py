@@ -18,6 +18,8 @@
 # | stretch | `serve_adapters`: many adapters, one base | badge | 25 | 2 of 5 |
 # | stretch | `in_subspace`: the intrinsic dimension | badge | 30 | 3 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** PyTorch's modules and autograd, and what AdamW keeps for each weight (lab 03). A laptop is enough: on a
 # CPU the runs are short and memory is counted instead of measured.
 #

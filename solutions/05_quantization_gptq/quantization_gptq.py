@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Lab 05: quantization and GPTQ
+# # Lab 05: Quantization and GPTQ
 #
 # A language model that writes one token reads every one of its weights, and multiplies each of them once. Reading is
 # the slow part. So a weight of 4 bits in place of 16 saves three quarters of the memory, and, where the code that
@@ -21,6 +21,8 @@
 # | stretch | `pack_int3`: eight codes in three bytes | badge | 30 | 3 of 5 |
 # | stretch | `blockwise_state`: optimizer state in 8 bits | badge | 30 | 2 of 5 |
 # | stretch | `find_outliers`: SpQR's outliers | badge | 40 | 4 of 5 |
+#
+# **Time.** About five hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
 #
 # **You need** PyTorch's modules, least squares and matrix inverses, and what perplexity is. A laptop is enough: the
 # model of this lab has 7 million weights. A GPU shows besides what low bits do for time.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Lab 06: flash attention
+# # Lab 06: Flash attention
 #
 # Attention is two matrix products with a softmax between them, and for years it was the part of a transformer that
 # would not scale: for a text of $n$ tokens it writes $n \times n$ scores to memory, reads them back, writes the
@@ -22,6 +22,8 @@
 # | stretch | `window_attention`: a sliding window | badge | 35 | 3 of 5 |
 # | stretch | `chunked_attention`: memory-efficient attention by checkpoints | badge | 30 | 3 of 5 |
 # | stretch | `backward_kernel`: the backward pass as a kernel (or `backward_kernel_twin`) | badge | 75 | 5 of 5 |
+#
+# **Time.** About five hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
 #
 # **You need** PyTorch tensors and autograd, softmax attention, and for exercise 5 what a Triton kernel is (part 5 of
 # lab 00). No GPU is needed: kernels then run in Triton's interpreter, on small sizes, and what only a GPU can show is

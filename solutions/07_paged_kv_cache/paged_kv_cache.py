@@ -21,6 +21,8 @@
 # | stretch | `Scheduler`: admit, run, preempt | badge | 50 | 4 of 5 |
 # | stretch | `sink_attention`: sinks with a rolling window | badge | 35 | 3 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** softmax attention, the softmax in one pass from lab 06, and Python's classes. A laptop is enough: on a CPU
 # the course's small model serves a handful of requests; on a GPU a hundred.
 #

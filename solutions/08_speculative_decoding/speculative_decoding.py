@@ -19,6 +19,8 @@
 # | stretch | `early_exit`: leave early by confidence | badge | 25 | 2 of 5 |
 # | stretch | `DraftTree`: several drafts as a tree | badge | 40 | 3 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** PyTorch's tensors, softmax attention and its cache of keys and values, and a little probability. A laptop
 # is enough: the models are small.
 #

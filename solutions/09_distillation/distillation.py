@@ -17,6 +17,8 @@
 # | stretch | `on_policy_step`: on-policy distillation | badge | 40 | 4 of 5 |
 # | stretch | `width_masks`: width pruning masks | badge | 35 | 3 of 5 |
 #
+# **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
+#
 # **You need** PyTorch's modules and autograd, softmax and cross-entropy. A laptop is enough: on a CPU the runs are
 # short and memory is counted instead of measured.
 #

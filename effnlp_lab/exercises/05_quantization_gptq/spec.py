@@ -21,7 +21,7 @@ GPTQ_ARGUMENTS = (
 LAB = Lab(
     name="05_quantization_gptq",
     title="Quantization and GPTQ",
-    hours=4.5,
+    hours=5.0,
     room="quantization",
     summary=(
         "Weights in 8, 4, 3 and 2 bits: integer products, rounding by group, and GPTQ, which lets the weights that "
