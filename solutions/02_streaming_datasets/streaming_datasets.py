@@ -1061,8 +1061,10 @@ spoken = "; ".join(
 plots.show(figure, f"Texts a second at batch sizes 1, 8, 64 and 256. {spoken}.")
 
 # %% [markdown]
-# Uniform texts climb the ladder. Ragged ones in the order of arrival climb to 8, and then every batch has its long text and
-# pays for it in every row. Sorted, they climb again.
+# Uniform texts climb the ladder. Of the ragged ones in the order of arrival, every batch of 64 or more has its long text and
+# pays for it in every row. On a CPU that ends the climb at 8. On a GPU a larger batch goes on paying, because a batch this
+# small takes as long as starting its operations; but it falls behind the uniform ones. Sorted, there is next to nothing to
+# pay for. (On a GPU these times are so short that single points jump about. Look at the trend.)
 #
 # ### All of it together: tokens a second
 #
@@ -1299,6 +1301,9 @@ for way, share in empty.items():
     print(f"  {way:34}{share:6.1%}")
 
 # %% [markdown]
+# Packing in order leaves a row as soon as the next document does not fit, and its end stays empty. The kit looks for a
+# document that does fit (best fit), and leaves hardly a slot empty; what it gives up is the order.
+#
 # ## Stretch B: overlap loading with compute
 #
 # *A badge, about 40 minutes, difficulty 4 of 5.*
@@ -1465,9 +1470,11 @@ print(
 # What has it all saved? The same texts go through the same small network once. The baseline pads everything to the longest
 # text; the library is what `DataLoader` with a padding collator does, batches in the order of a shuffle, padded to
 # the batch; yours and the kit's sort by length in windows of 8 batches; the limit has no padding at all. Quality is the share of
-# slots that are padding. Time is that of the network. Peak memory counts the network's tensors at the largest batch, and
-# sorting does not lower it: a batch of 32 long texts is still a batch of 32 long texts. (Who has to lower it makes batches
-# of so many *tokens* instead of so many texts, or packs.)
+# slots that are padding. Time is that of the network. On a CPU it follows the FLOPs. On a GPU this network is so small that
+# its time is that of starting operations, about the same in every row: there the FLOPs are the saving, and a model that
+# fills the card turns them into time. Peak memory counts the network's tensors at the largest batch, and sorting does not
+# lower it: a batch of 32 long texts is still a batch of 32 long texts. (Who has to lower it makes batches of so many *tokens*
+# instead of so many texts, or packs.)
 
 # %% tags=["demo"] needs=["padded_batches"]
 from torch.utils.data import DataLoader
