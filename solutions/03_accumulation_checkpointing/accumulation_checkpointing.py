@@ -492,7 +492,7 @@ plots.show(figure, "Largest batch against length on logarithmic axes, for BERT-B
                    "closer with the older block.")
 
 # %% [markdown]
-# The fall with the length is right, and the level is too high by a factor of two or so: the formula counts what a
+# The fall with the length is right, and the level is too high by a factor of two to three: the formula counts what a
 # careful implementation keeps, and BERT's first one kept more. About half of the gap closes once GELU is counted as
 # it was written then. What remains the formula does not see: what a framework keeps for itself, and memory lost
 # between blocks of unequal size.
@@ -1196,8 +1196,13 @@ plots.show(figure, f"Peak memory against time of a step, both relative to vanill
 # how good ones.
 #
 # Then the memory: accumulation and checkpointing cut hidden states, which are nearly everything here; the 8-bit state
-# cuts the optimizer's part, which is small in this small model and the largest part of OPT-1.3B at one sample. Which
-# saving pays depends on what your memory is full of, and that is what your formula tells you.
+# cuts the optimizer's part, which is small in this small model and the largest part of OPT-1.3B at one sample. Dynamic
+# padding lowers the peak only where **no** batch has a long text: the peak is that of the worst batch. Which saving pays
+# depends on what your memory is full of, and that is what your formula tells you.
+#
+# And the time. Operations are not seconds: checkpointing does a third more of them (section 4), and the clock may charge
+# more or less for it, since not all of a step is products. Dynamic padding saves time first, and so does bf16 where the
+# hardware has units for it.
 #
 # ### The lecture's table, filled in
 #
@@ -1291,9 +1296,10 @@ for rows in (n for n in others if n - 1 in rates and n + 1 in rates):
     print(f"batch {rows:2} runs at {rates[rows] / between:.2f} times the mean of its neighbours")
 
 # %% [markdown]
-# What matters is that the dimensions of the **matrices** are multiples of 8 or 16 (the width, the heads' width, the
-# vocabulary), and that the batch fills the machine. Take the largest batch that fits or that learns well, 13 if it is
-# 13.
+# If powers of two were special, every square would stand above the circles on both sides of it, in every run. Run the cell
+# a second time before you believe a difference between neighbours: the points move. What matters is that the dimensions
+# of the **matrices** are multiples of 8 or 16 (the width, the heads' width, the vocabulary), and that the batch fills the
+# machine. Take the largest batch that fits or that learns well, 13 if it is 13.
 #
 # ## Stretch A: segments of $\sqrt L$ layers
 #
@@ -1461,7 +1467,8 @@ for name, size in sizes.items():
 # ## The receipt
 #
 # One gradient of the same batch, dropout included, by everybody's checkpointing: what it costs, and whether it is
-# exact.
+# exact. The time is that of one gradient of a **fresh** model, the making of the model included. On a GPU that is most of
+# it, and much the same in every row: the price of checkpointing stands in the column of FLOPs.
 
 # %% tags=["demo"] needs=["accumulate", "checkpoint"]
 from effnlp_lab.device import ceilings
