@@ -524,8 +524,8 @@ def step_costs(prepare):
 
 # %% [markdown]
 # **Predict first.** Full fine-tuning lowers the perplexity by some amount; call that 100%. How much of it does LoRA of
-# rank 8 reach, which trains one weight in twenty-two? And prompt tuning, which trains one in three thousand? Write
-# two numbers down before you run the cell after it.
+# rank 8 reach, which trains one number for every twenty-four weights? And prompt tuning, which trains one for every three
+# and a half thousand? Write two numbers down before you run the cell after it.
 
 # %% predict="share_of_gain"
 my_share_of_lora = None  # your guess, in percent of what full fine-tuning gains
@@ -1279,13 +1279,17 @@ for d in dimensions:
 
 # %% [markdown]
 # The directions run through the biases alone, so that many of them fit into memory: what they can reach is what BitFit
-# reaches. A few do nothing; a few hundred, of twenty thousand, get a good part of the way. That is what "low intrinsic
-# dimension" means. The directions are random and know nothing of the task: a method that may choose its own, as LoRA
-# does, needs fewer.
+# reaches. A few do nothing; some hundreds, of twenty thousand, get a good part of the way. How far are they from the 90%
+# of the definition? At full size even two thousand are far from it: for this model and this text the intrinsic dimension
+# is not so low. Aghajanyan et al. found that it falls as models grow, and ours is small. Besides, the directions are
+# random and know nothing of the task: a method that may choose its own, as LoRA does, needs fewer.
 #
 # ## The receipt
 #
-# The same training, by everybody.
+# The same training, by everybody. LoRA does a quarter fewer operations than full fine-tuning, since frozen weights need no
+# gradients. Whether that is time depends on the size: on a GPU a model as small as ours spends its time on starting
+# operations, and LoRA starts more of them, so that there the frozen model trains **slower**. What it saves at any size is
+# memory.
 
 # %% tags=["demo"] needs=["LoRALinear", "inject", "Bottleneck", "affine_int8", "NF4", "double_quantize"]
 from effnlp_lab.device import ceilings
