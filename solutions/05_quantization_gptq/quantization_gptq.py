@@ -336,7 +336,7 @@ plots.show(figure, "The weights of one row as points, and for each of four group
 # %% [markdown]
 # The yardstick is perplexity on held-out modules of Python's library: $e$ to the mean loss a token.
 #
-# **Predict first.** In 16 bits the perplexity is about 12 on the short stretches of text that a CPU gets, and about 7
+# **Predict first.** In 16 bits the perplexity is about 12 on the short stretches of text that a CPU gets, and about 7.5
 # on the longer ones for a GPU. What will it be when every weight of the layers is rounded to nearest in 4, 3 and 2
 # bits, in groups of 64? Write your guesses down before you run the cell after the next.
 
@@ -645,8 +645,8 @@ for label, row in found.items():
     print(f"{label:38}" + "".join(f"{value:10.2%}" for value in row.values()))
 
 # %% [markdown]
-# GPTQ moves the weights **further** from where they were: about one in eight is not at its nearest code. The outputs,
-# which are what counts, are closer.
+# GPTQ moves the weights **further** from where they were: about a tenth are not at their nearest codes, whatever the bits.
+# The outputs, which are what counts, are closer.
 #
 # ## 5. In blocks, with a Cholesky factor
 #
@@ -827,6 +827,10 @@ for name, (hidden, layers) in chosen.items():
     print(f"{name:20}{layers:8}" + "".join(f"{time:10.1f} s" for time in spent.values()))
 
 # %% [markdown]
+# On a GPU the kit needs about as long for the weights as for their Hessians, and the paper's minutes have become seconds (on
+# a newer card, and without the model's passes). Your blocks are the same algorithm, and take ten times as long: several
+# launches for every column, each with little to do.
+#
 # ## 6. Perplexity again
 #
 # Now all layers of course-base, with your `gptq_blocks` in place of rounding to nearest, on the same grids. The kit's
@@ -1075,7 +1079,8 @@ plots.show(figure, "Time of one product against input rows, dense and in 4 and 3
 # Saving memory is a property of the format; saving time is a property of the kernel. Your class is a definition: it
 # writes the whole weight in 16 bits before it multiplies, so it moves **more** bytes than the dense product. A kernel
 # unpacks in registers, right where it multiplies. For many rows it pays to unpack once and to multiply with the
-# library's product, and the kit switches at 128.
+# library's product, and the kit switches at 128. The unpacking then comes on top: with some hundreds of rows a product
+# with 4 bits takes longer than the dense one, and only with thousands does the arithmetic hide it.
 #
 # ### Measure it: a token
 #
@@ -1151,10 +1156,11 @@ for bits, name in names.items():
 tokens.clear()
 
 # %% [markdown]
-# On a GPU this is the lecture's table in small, without its other effect: part of its speedup comes from the GPUs that
-# are no longer there, and from what they no longer have to tell each other. On a CPU with plain PyTorch low bits save
-# memory and cost time. (Embeddings stay as they were. They are a small part of a large model, and a seventh of
-# course-base.)
+# On a GPU this is the lecture's table in small, and the factors are smaller as well. Part of its speedup comes from the
+# GPUs that are no longer there, and from what they no longer have to tell each other. And fewer bytes are not always less
+# time: a code of 3 bits takes more work to unpack than one of 4, so that our product with 3 bits reads less and gains less.
+# On a CPU with plain PyTorch low bits save memory and cost time. (Embeddings stay as they were. They are a small part of a
+# large model, and a seventh of course-base.)
 #
 # ## Stretch A: the order of the columns
 #
