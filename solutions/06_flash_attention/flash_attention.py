@@ -1114,6 +1114,8 @@ for label, (_, seconds) in curves.items():
 # %% [markdown]
 # ## Stretch A: skip what the causal mask hides
 #
+# *A badge, about 20 minutes, difficulty 2 of 5.*
+#
 # Under a causal mask nearly half of the rectangles are hidden altogether, and of the rest most are seen altogether:
 # only those on the diagonal need a mask. A kernel that knows this does half the work, and spares the comparison in
 # most of what remains.
@@ -1154,10 +1156,6 @@ def draw_tiles(queries, keys, block):
 draw_tiles(512, 512, 64)
 
 # %% [markdown]
-# ### Stretch exercise: `tile_plan`
-#
-# *A badge, about 20 minutes, difficulty 2 of 5.*
-#
 # For each tile of queries say how many tiles of keys are full and how many are visited. A kernel then loops twice:
 # from 0 to `full` without a mask, from `full` to `visited` with it. Mind the two positions that matter: the **first**
 # query of the tile sees the least, the **last** one (of those that exist) sees the most.
@@ -1206,6 +1204,8 @@ for length in (512, 2048, 8192):
 # %% [markdown]
 # ## Stretch B: a sliding window
 #
+# *A badge, about 35 minutes, difficulty 3 of 5.*
+#
 # Flash attention made memory linear; time is still quadratic. A **sliding window** (Beltagy et al., 2020; Mistral 7B)
 # makes both linear: every query sees the last $W$ keys alone. Layers stacked on each other still reach far back, $W$
 # tokens a layer.
@@ -1233,10 +1233,6 @@ plots.show(figure, "Four causal patterns of 20 queries and 20 keys: the full tri
                    "a band with gaps, and a band with two columns that everybody sees.")
 
 # %% [markdown]
-# ### Stretch exercise: `window_attention`
-#
-# *A badge, about 35 minutes, difficulty 3 of 5.*
-#
 # Take `block` queries at a time. They need a stretch of at most `block + window - 1` keys: slice it out, mask its
 # corners, and use a plain softmax on it. The check counts operations: to compute the whole square and mask it is over
 # budget.
@@ -1292,14 +1288,12 @@ for length in (256, 512, 1024):
 # %% [markdown]
 # ## Stretch C: memory-efficient attention by checkpoints
 #
+# *A badge, about 30 minutes, difficulty 3 of 5.*
+#
 # Before flash attention's kernels there was a way to linear memory with no kernel at all (Rabe and Staats, 2021; the
 # memory-efficient attention of xFormers grew out of it). Take a chunk of queries, do standard attention for it, and
 # keep nothing for the backward pass but the inputs: `torch.utils.checkpoint` runs the chunk again when its gradient
 # is asked for. It is the idea of exercise 6 with autograd doing the algebra.
-#
-# ### Stretch exercise: `chunked_attention`
-#
-# *A badge, about 30 minutes, difficulty 3 of 5.*
 #
 # Two blanks: attention of one chunk, and the loop that checkpoints each chunk. Here softmax is PyTorch's own, maximum
 # included.
@@ -1367,15 +1361,13 @@ for length in (256, 512, 1024):
 # %% [markdown]
 # ## Stretch D: the backward pass as a kernel
 #
+# *A badge, about 75 minutes, difficulty 5 of 5.*
+#
 # Who adds up what? A program that owns a tile of **keys** can sum $dK$ and $dV$ on the chip while it walks over the
 # queries, but then every program of a head has a share of each $dQ$. One way is to let them add to memory with
 # `tl.atomic_add`, which does one addition at a time. It is short, and the order of the additions, and with it the
 # last bit of $dQ$, changes from run to run. The other is two passes, the second one by tiles of queries:
 # deterministic, with the products $S$ and $dP$ computed twice. The kit's kernel does the latter.
-#
-# ### Stretch exercise: `backward_kernel`
-#
-# *A badge, about 75 minutes, difficulty 5 of 5.*
 #
 # Write the one-pass kernel, a program for each tile of keys and each head. $D$ comes in as `delta`; `dq` is float32
 # and starts as zeros. All tensors are contiguous, so that the offset of $k[h, j, c]$ is
@@ -1456,7 +1448,7 @@ def backward_kernel(
     ### END SOLUTION
 
 # %% [markdown]
-# ### The twin
+# ### The twin of the backward kernel
 #
 # As before: the same programs with `load`, `store` and, for `tl.atomic_add`, `add`. Skip it if you solved the kernel.
 
@@ -1537,7 +1529,8 @@ for name, mine, theirs in zip(("dq", "dk", "dv"), (dq, dk, dv), library):
 # meter does not see into: every tile of 64 queries (128 in the kit's) reads its keys and values once. What skips
 # hidden tiles reads and computes half of the square, and your kernel is taken to walk over all of it. The limit is
 # what this device cannot beat: the work at the rate of a plain matrix product, or the necessary bytes at the rate of
-# a copy, whichever takes longer.
+# a copy, whichever takes longer. Times are of single calls, with what it takes to start them from Python. On a fast GPU
+# that is most of the time of a kernel: who is faster, the plots of section 5 tell at their longer lengths.
 
 # %% tags=["demo"] needs=["counted_attention", "tiled_forward", "flash_kernel"]
 from effnlp_lab.device import ceilings
