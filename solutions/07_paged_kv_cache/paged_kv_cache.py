@@ -24,7 +24,7 @@
 # **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
 #
 # **You need** softmax attention, the softmax in one pass from lab 06, and Python's classes. A laptop is enough: on a CPU
-# the course's small model serves a handful of requests; on a GPU a hundred.
+# the course's small model serves a handful of requests; on a GPU dozens at once.
 #
 # **How a check works.** Under each blank stands one call, `check(...)`. It drives your answer with fresh random
 # inputs, long random sequences of steps among them, and compares what it finds with a model that keeps other books. It
@@ -342,8 +342,9 @@ check("BlockManager", BlockManager)
 #
 # ### Exercise 3: append through the block table
 #
-# *2 points, about 40 minutes, difficulty 3 of 5.* `manager` has the interface of your `BlockManager`. In this exercise
-# no page is shared.
+# *2 points, about 40 minutes, difficulty 3 of 5.*
+#
+# `manager` has the interface of your `BlockManager`. In this exercise no page is shared.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -475,8 +476,9 @@ draw_pages("Where three sequences lie", pool, tables, "Pages of 4 tokens by sequ
 #
 # ### Exercise 4: fork, with copy on write
 #
-# *2.5 points, about 55 minutes, difficulty 4 of 5.* `SharedSequence` inherits what you wrote: `super().append(k, v)`
-# appends once the last page may be written into.
+# *2.5 points, about 55 minutes, difficulty 4 of 5.*
+#
+# `SharedSequence` inherits what you wrote: `super().append(k, v)` appends once the last page may be written into.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -558,11 +560,11 @@ print(f"{pool.free_pages} of 40 pages are free at the end.")
 # one query meets all keys, a product that waits for memory and not for arithmetic. So attention has to read the pages
 # where they are, each once. From lab 06 you have all that this needs: a softmax in one pass, with a page as its tile.
 #
-# $$m' = \max(m, \max_j s_j), \qquad
-# \ell' = \ell\, e^{m - m'} + \sum_j e^{s_j - m'}, \qquad
-# o' = o\, e^{m - m'} + \sum_j e^{s_j - m'} v_j$$
+# $$\mu' = \max(\mu, \max_j s_j), \qquad
+# \ell' = e^{\mu - \mu'}\, \ell + \sum_j e^{s_j - \mu'}, \qquad
+# a' = e^{\mu - \mu'}\, a + \sum_j e^{s_j - \mu'}\, v_j$$
 #
-# for the scores $s_j = q \cdot k_j / \sqrt d$ of a page's keys, and $o / \ell$ at the end.
+# for the scores $s_j = q \cdot k_j / \sqrt d$ of a page's keys, and $a / \ell$ at the end.
 #
 # Three things want care.
 #
@@ -589,8 +591,8 @@ print(f"{pool.free_pages} of 40 pages are free at the end.")
 # </details>
 # <details><summary>Hint 3</summary>
 #
-# Start with $m = -\infty$, $\ell = 0$, $o = 0$. Every page has at least one key, so that $m'$ is finite and
-# $e^{-\infty - m'} = 0$ makes the first page come out right.
+# Start with $\mu = -\infty$, $\ell = 0$, $a = 0$. Every page has at least one key, so that $\mu'$ is finite and
+# $e^{-\infty - \mu'} = 0$ makes the first page come out right.
 # </details>
 
 # %% exercise="paged_attention"
@@ -741,7 +743,8 @@ print(f"pages in use in each layer: {PAGES - manager.free_pages}; without sharin
 #
 # **Predict first.** Requests of mixed length, in and out, are served with 1, some, and many at a time. How many times the
 # tokens per second of padded `generate` does the engine reach with the largest batch? The kernels' part in it is small on
-# a CPU: think of the padding.
+# a CPU: think of the padding. On a GPU think of what starting a step costs as well: the engine records its steps, as CUDA
+# graphs.
 
 # %% predict="times_padded"
 my_times_faster_than_padded = None  # your guess
@@ -856,15 +859,15 @@ print("cache of all requests at their full length: " + ", ".join(
 
 # %% [markdown]
 # With one request at a time nothing is padded, and the two differ only by what a step costs. (On a CPU a step of the
-# engine costs more: there is no paged kernel, and it gathers the pages.) With more, the lines move apart by the
-# padding: rows that have ended are computed along until the longest of their batch is done, where the engine puts the
-# next request in their place. The printed share says how much of it was for nothing; the more the lengths differ, the
-# more.
+# engine costs more: there is no paged kernel, and it gathers the pages. On a GPU it costs less: a recorded graph is started
+# at once, where `generate` starts every operation from Python. With a model this small that is more than half of what the
+# engine gains.) With more, the lines move apart by the padding: rows that have ended are computed along until the longest
+# of their batch is done, where the engine puts the next request in their place. The printed share says how much of it was
+# for nothing; the more the lengths differ, the more.
 #
 # The answers are equal token for token where both compute in float32. In half precision two logits may tie, and then
-# batches of different shapes may break the tie differently. On a GPU the engine also records its steps as CUDA graphs,
-# and the dotted line is the continuous batching of `transformers`, with all requests at once. `effnlp bench paged`
-# compares them on a model of Llama 1B's shape.
+# batches of different shapes may break the tie differently. The dotted line, on a GPU, is the continuous batching of
+# `transformers`, with all requests at once. `effnlp bench paged` compares them on a model of Llama 1B's shape.
 #
 # ### Latency
 #
@@ -1036,6 +1039,10 @@ print("and by the kit's engine:                                ", [output.cached
 print(f"median time to first token: {1e3 * times[False]:.1f} ms without a prefix cache, {1e3 * times[True]:.1f} with it")
 
 # %% [markdown]
+# The tokens that need not be computed are saved for sure. How much time that is depends on the model: a GPU reads a few
+# hundred tokens of one as small as ours about as fast as a few, and there the two times are nearly the same. With a large
+# model and a long prompt, reading it is most of the time to the first token.
+#
 # ## Stretch B: admit, run, preempt
 #
 # *A badge, about 50 minutes, difficulty 4 of 5.*
@@ -1319,7 +1326,9 @@ print(spoken)
 # ## The receipt
 #
 # One step of decoding: one query for each of many sequences of mixed length, by everybody. What is compared is the
-# memory that the cache takes, and the time.
+# memory that the cache takes, and the time. The times are of single calls, with what it takes to start them from Python. On
+# a fast GPU that is more than the kit's kernel needs for so few keys, and a padded batch that wastes two thirds of its
+# memory may come out ahead. That is why the engine records its steps; `effnlp bench paged` times the kernel by itself.
 
 # %% tags=["demo"] needs=["cache_bytes", "paged_attention"]
 from effnlp_lab.device import ceilings
