@@ -21,8 +21,8 @@
 #
 # **Time.** About four and a half hours: the core exercises, the reading and the measurements. Stretch exercises come on top.
 #
-# **You need** PyTorch's tensors, softmax attention and its cache of keys and values, and a little probability. A laptop
-# is enough: the models are small.
+# **You need** PyTorch's tensors, softmax attention and its cache of keys and values (lab 07), and a little probability. A
+# laptop is enough: the models are small.
 #
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your function on fresh random cases,
 # compares with a reference, and says what went wrong, by name where it recognises the slip. Sampling is random, and a
@@ -465,7 +465,9 @@ effnlp_lab.variant("speculative_step")
 # %% [markdown]
 # ### Exercise 4: one full step
 #
-# *2.5 points, about 60 minutes, difficulty 4 of 5.* You may call your three functions from above, and `draw`.
+# *2.5 points, about 60 minutes, difficulty 4 of 5.*
+#
+# You may call your three functions from above, and `draw`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -782,6 +784,10 @@ for name, kind in (("reading again", rereading), ("remembering", Remembering)):
     print(f"{name:15}{1000 * spent / NEW:7.1f} ms a token; {same}")
 
 # %% [markdown]
+# Does remembering pay? The longer the text, the more. On a CPU it does here already. On a GPU a text as short as this one is
+# read again in about the time of one token; and the first run with a cache sets up what is set up once, which the clock
+# above counts. Run the cell a second time before you believe its second line.
+#
 # ## 6. What it gives
 #
 # How many tokens does a step give? One, and one more if the first draft is accepted (probability $\alpha$), and one
@@ -804,7 +810,9 @@ for name, kind in (("reading again", rereading), ("remembering", Remembering)):
 #
 # ### Exercise 6: what it gives, and the best gamma
 #
-# *1.5 points, about 35 minutes, difficulty 2 of 5.* Four methods of one or two lines each.
+# *1.5 points, about 35 minutes, difficulty 2 of 5.*
+#
+# Four methods of one or two lines each.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -964,8 +972,9 @@ plots.show(figure, f"Speed-up against gamma, measured and predicted; {'; '.join(
 # Compare $c$ itself with the ratio of the weights. In models this small a pass is mostly the overhead of starting its
 # operations, and that goes by the number of **layers**, two of eight. So a drafter wants to be shallow rather than
 # narrow, and a large target makes everything easier: its drafter's $c$ can be a few hundredths. For our pair on a CPU
-# speculation is nearly an even trade. A batch makes it worse, for then the target's pass is no longer bound by memory,
-# and the arithmetic that drafts need is not free any more.
+# speculation is nearly an even trade; on a GPU, where a whole step is one graph, it gains about a half at the better
+# $\gamma$. A batch makes it worse, for then the target's pass is no longer bound by memory, and the arithmetic that drafts
+# need is not free any more.
 #
 # ## Stretch A: draft by n-gram lookup
 #
@@ -1270,7 +1279,10 @@ for branching in ((1, 1, 1), (2, 1, 1), (3, 2, 1)):
 # ## The receipt
 #
 # The same greedy tokens by everybody. On a small model the time is mostly what Python and PyTorch need to start
-# operations; the kit's decoder keeps that low with caches of fixed size, and on a GPU with CUDA graphs.
+# operations; the kit's decoder keeps that low with caches of fixed size, and on a GPU with CUDA graphs. So compare like with
+# like: the kit's decoder with the kit's target alone, and assisted generation with `transformers`' own. Where starting
+# operations is most of the time, a drafter's passes are not cheap, and assistance may lose. In half precision (on a GPU) a
+# text may leave the target's at a near tie, as in section 4.
 
 # %% tags=["demo"] needs=["accept_drafts", "adjusted_distribution", "sampling_distribution", "speculative_step", "roll_back", "SpeedModel"]
 from effnlp_lab.device import ceilings
