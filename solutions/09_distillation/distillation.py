@@ -209,7 +209,9 @@ plots.show(figure, "Norm of the gradient against temperature. Between T = 2 and 
 #
 # ### Exercise 2: the distillation loss
 #
-# *2 points, about 45 minutes, difficulty 3 of 5.* You may call your `soft_loss`.
+# *2 points, about 45 minutes, difficulty 3 of 5.*
+#
+# You may call your `soft_loss`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -796,7 +798,9 @@ effnlp_lab.variant("divergence")
 # %% [markdown]
 # ### Exercise 5: forward against reverse KL
 #
-# *2 points, about 40 minutes, difficulty 3 of 5.* This time there is no temperature and no mean: one number a position.
+# *2 points, about 40 minutes, difficulty 3 of 5.*
+#
+# This time there is no temperature and no mean: one number a position.
 #
 # <details><summary>Hint 1</summary>
 #
