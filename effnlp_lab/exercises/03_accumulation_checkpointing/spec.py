@@ -132,7 +132,7 @@ LAB = Lab(
     ),
     predictions=(
         Prediction("doubled_batch", (Guess("my_factor_from_4_to_8", 1.6, 1.9),), reach=1.3),
-        Prediction("cost_of_savings", (Guess("my_cost_of_checkpointing", 1.2, 1.6),), reach=2.0),
+        Prediction("cost_of_savings", (Guess("my_cost_of_checkpointing", 1.2, 1.6, full=(1.05, 1.2)),), reach=2.0),
     ),
     written=(Written("first_savings"),),
 )

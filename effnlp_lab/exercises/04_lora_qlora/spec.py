@@ -155,7 +155,10 @@ LAB = Lab(
     predictions=(
         Prediction(
             "share_of_gain",
-            (Guess("my_share_of_lora", 75.0, 105.0), Guess("my_share_of_prompt_tuning", 40.0, 100.0)),
+            (
+                Guess("my_share_of_lora", 75.0, 105.0),
+                Guess("my_share_of_prompt_tuning", 40.0, 100.0, full=(12.0, 30.0)),
+            ),
             reach=40.0,
             scale="difference",
         ),

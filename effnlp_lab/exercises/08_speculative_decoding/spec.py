@@ -148,7 +148,12 @@ LAB = Lab(
         ),
     ),
     predictions=(
-        Prediction("acceptance", (Guess("my_acceptance_at_1", 0.54, 0.62),), reach=0.3, scale="difference"),
+        Prediction(
+            "acceptance",
+            (Guess("my_acceptance_at_1", 0.54, 0.62, full=(0.59, 0.66)),),
+            reach=0.3,
+            scale="difference",
+        ),
         Prediction("cost_ratio", (Guess("my_cost_ratio", 0.18, 0.35),), reach=3.0),
     ),
     written=(Written("when_it_pays"),),
