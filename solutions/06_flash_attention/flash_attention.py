@@ -897,10 +897,11 @@ else:
           "PyTorch's flash and cuDNN backends, and flash-attn.")
 
 # %% [markdown]
-# Where does the rest of the speed lie? Your kernel is complete and its memory traffic is right. The kit's kernel
-# (`effnlp_lab/attention/kernels_forward.py`) does the same arithmetic and wins by scheduling: it computes `exp2` with
-# the scale folded in, masks only the tiles that need it (stretch A), gives out the long tiles first, copies tiles
-# while it computes, and has tile shapes for each architecture.
+# On a GPU look at the right end of the plots: short texts are over before Python has started the next call, and there the
+# simplest launcher wins. Where does the rest of the speed lie? Your kernel is complete and its memory traffic is right.
+# The kit's kernel (`effnlp_lab/attention/kernels_forward.py`) does the same arithmetic and wins by scheduling: it
+# computes `exp2` with the scale folded in, masks only the tiles that need it (stretch A), gives out the long tiles
+# first, copies tiles while it computes, and has tile shapes for each architecture.
 #
 # ## 6. The backward pass
 #
