@@ -181,8 +181,8 @@ if my_unknown_words_of_100 is not None:
 
 # %% [markdown]
 # Two lessons are in the table. Characters: a vocabulary of hundreds (a thousand or two at full size), almost nothing unknown,
-# and about one token a byte, the longest sequences there are. Words: short sequences, but tens of times the vocabulary, and still
-# a share of the test text is lost. Would more training text mend that? Only slowly, as the next plot shows.
+# and about one token a byte, the longest sequences there are. Words: short sequences, but tens of times the vocabulary, and
+# still a share of the test text is lost. Would more training text mend that? Only slowly, as the next plot shows.
 #
 # ### Why words run out: Zipf's law
 #
