@@ -11,6 +11,7 @@ import ast
 import builtins
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from effnlp_lab.opening import open_anywhere
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
+SHOWS = re.compile(r"^(print|check|plots\.show|receipt\.show)\(", re.MULTILINE)
+"""Of a cell's source: it surely has an output."""
 
 
 def main(labs: Sequence[str] = (), check: bool = False, execute: bool = False, device: str = "auto",
@@ -101,8 +104,9 @@ def _stale_files(master: Master, root: Path) -> Iterator[str]:
         yield f"{name} is missing: run `effnlp build --execute`."
         return
     old = nbformat.read(path, as_version=4)
-    if not any(c.get("outputs") for c in old.cells):
-        yield f"{name} has no outputs, or they are of older code: run `effnlp build --execute`."
+    silent = [c.id for c in old.cells if c.cell_type == "code" and not c.outputs and SHOWS.search(c.source)]
+    if silent:
+        yield f"{name} has no outputs of cell {silent[0]}, or they are of older code: run `effnlp build --execute`."
     for cell in old.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

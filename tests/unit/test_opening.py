@@ -60,8 +60,8 @@ def test_releases_begin_with_it_and_solutions_keep_their_outputs(tmp_path, monke
     build.write(read_master(path), tmp_path)
     before = nbformat.read(tmp_path / RELEASE, 4)
     solved = nbformat.read(path.with_suffix(".ipynb"), 4)
-    next(cell for cell in solved.cells if cell.cell_type == "code").outputs = [
-        nbformat.v4.new_output("stream", name="stdout", text="from a card\n")]
+    for cell in (cell for cell in solved.cells if cell.cell_type == "code"):
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="from a card\n")]
     nbformat.write(solved, path.with_suffix(".ipynb"))
     kept = nbformat.read(path.with_suffix(".ipynb"), 4).cells
     course(tmp_path, f'repository = "{GITHUB.address}"')
