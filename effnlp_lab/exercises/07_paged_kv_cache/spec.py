@@ -154,7 +154,7 @@ LAB = Lab(
         Prediction("requests_that_fit", (
             Guess("my_requests_with_reservations", 64, 64), Guess("my_requests_with_pages", 300, 380),
         ), reach=2.5),
-        Prediction("times_padded", (Guess("my_times_faster_than_padded", 1.2, 2.5, full=(6.0, 12.0)),), reach=3.0),
+        Prediction("times_padded", (Guess("my_times_faster_than_padded", 1.0, 2.5, full=(6.0, 12.0)),), reach=3.0),
     ),
     written=(Written("page_size"),),
 )
