@@ -22,14 +22,18 @@ HEAD = """\
 # Ratios to the peer, higher is better for ours, as `effnlp bench` measured them on the device that is named.
 # `make gpu` fails where one falls below its record by more than the margin (a share of the record: 0.15 on a GPU, 0.35
 # on a CPU, unless changed here), or below a floor, which has no margin: [suites.NAME.floors] with "title" = ratio.
+# A peer that did not run is a failure, but for titles in the list without_peer: there nobody published a figure.
 # Records hold on the device that is named alone, of a CPU with as many cores. Written by
-# `python3 -m effnlp_lab gpu --record` from benchmarks/*.json; margins and floors changed by hand are kept.
+# `python3 -m effnlp_lab gpu --record` from benchmarks/*.json; margins, floors and lists changed by hand are kept.
 """
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One ratio beside its record. `state`: ok, below, peer missing, not measured, new, or on another device."""
+    """One ratio beside its record.
+
+    `state`: ok, below, peer missing, no peer, not measured, new, or on another device.
+    """
 
     suite: str
     title: str
@@ -108,7 +112,8 @@ def _figure(name: str, title: str, suite: Mapping[str, Any], one: Mapping[str, A
                       "the benchmark stopped, or no longer has it")  # fmt: skip
     if ratio is None:
         why = one["missing"].get(peer, "it did not run")
-        return Figure(name, title, peer, None, record, least, "peer missing", f"{peer}: {why}")
+        state = "no peer" if title in suite.get("without_peer", ()) else "peer missing"
+        return Figure(name, title, peer, None, record, least, state, f"{peer}: {why}")
     state = "new" if least is None else "ok" if ratio >= least else "below"
     absent = "; ".join(f"{other} did not run: {why}" for other, why in one["missing"].items())
     return Figure(name, title, peer, ratio, record, least, state, absent)
@@ -125,7 +130,10 @@ def _block(content: Mapping[str, Any], old: Mapping[str, Any]) -> str:
     margin = old["margin"] if same else MARGINS[machine["kind"]]
     lines = [f"[suites.{content['suite']}]", f"device = {_string(machine['device'])}"]
     lines += [f"cores = {machine['cores']}"] if machine["kind"] == "cpu" else []
-    lines += [f"margin = {margin}", "", f"[suites.{content['suite']}.ratios]"]
+    lines += [f"margin = {margin}"]
+    if old.get("without_peer"):
+        lines += ["without_peer = [", *(f"    {_string(title)}," for title in old["without_peer"]), "]"]
+    lines += ["", f"[suites.{content['suite']}.ratios]"]
     lines += [f"{_string(one['title'])} = {one['ratio']:.3f}" for one in content["comparisons"] if one["ratio"]]
     if same and old.get("floors"):
         lines += ["", f"[suites.{content['suite']}.floors]"]

@@ -245,6 +245,18 @@ def test_a_cpu_s_records_hold_for_as_many_cores():
     assert expected.hold({"copy": told | {"cores": 2}}, {"copy": content})[0].state == "on another device"
 
 
+def test_a_peer_that_published_no_figure_is_named_by_a_person(tmp_path):
+    content = suite(None, missing={"theirs": "not in its table"})
+    (tmp_path / "copy.json").write_text(json.dumps(content))
+    told = {"device": CARD, "margin": 0.15, "ratios": {}}
+    assert expected.hold({"copy": told}, {"copy": content})[0].state in expected.FAILURES
+    (tmp_path / "expected.toml").write_text(
+        f"[suites.copy]\ndevice = '{CARD}'\nmargin = 0.15\nwithout_peer = ['Copy']\n")
+    records = expected.load(expected.record(tmp_path))  # written anew, it is kept
+    (figure,) = expected.hold(records, {"copy": content})
+    assert figure.state == "no peer" and figure.state not in expected.FAILURES
+
+
 @pytest.mark.parametrize("text", ["[suites", "[suites.copy]\ndevice = 'x'", "[suites.copy]\ndevice='x'\nmargin=1.5"])
 def test_a_file_of_records_that_cannot_be_read_is_one_sentence(tmp_path, text):
     (tmp_path / "expected.toml").write_text(text)

@@ -151,7 +151,8 @@ def empty_environment(archive) -> Path:
             if top not in ("..", "__pycache__") and not (site / top).is_symlink():
                 (site / top).symlink_to(metadata.distribution(name).locate_file(top))
     command = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder), "install", "--no-deps", "--no-index"]
-    subprocess.run([*command, str(archive)], check=True, capture_output=True, timeout=120)
+    command += ["--ignore-installed", str(archive)]  # a checkout's egg-info in this folder would count as installed
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder / "bin"
 
 
