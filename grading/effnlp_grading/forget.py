@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from effnlp_grading.course import Course
 from effnlp_lab.errors import UsageError
+from effnlp_lab.settings import settings_of
 
 STUDENT_FIRST = ("submitted", "autograded", "feedback")  # grading/PLACE/STUDENT/LAB/
 LAB_FIRST = ("attempts", "defences")  # grading/PLACE/LAB/STUDENT/
@@ -39,15 +39,10 @@ class Kept:
 
 def keep_days(course: Course) -> float:
     """The course's setting. Raises UsageError where there is none, or none that is a number of days."""
-    path = course.root / "pyproject.toml"
-    try:
-        told = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("effnlp", {}) if path.is_file() else {}
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
-    days = told.get("keep_days")
+    days = settings_of(course.root).get("keep_days")
     if isinstance(days, bool) or not isinstance(days, int | float) or days < 0:
-        raise UsageError(f"{path} does not say how long records are kept: write keep_days = 365, say, under "
-                         "[tool.effnlp], or name a number of days with --older-than.")
+        raise UsageError(f"{course.root / 'pyproject.toml'} does not say how long records are kept: write keep_days = "
+                         "365, say, under [tool.effnlp], or name a number of days with --older-than.")
     return days
 
 
