@@ -408,108 +408,54 @@ def sink_attention(q, k, v, window, sinks):
     ],
 }
 
+MANAGER = """
+import heapq
+
+
+class BlockManager:
+    def __init__(self, pages):
+        self.free, self.counts = {free}, {{}}
+
+    @property
+    def free_pages(self):
+        return len(self.free)
+
+    def references(self, page):
+        return self.counts.get(page, 0)
+
+    def allocate(self, count):
+        if count > len(self.free):
+            raise OutOfPages()
+        pages = [{take} for _ in range(count)]
+        for page in pages:
+            self.counts[page] = 1
+        return pages
+
+    def share(self, page):
+        if not self.counts.get(page):
+            raise ValueError(page)
+        self.counts[page] += 1
+
+    def release(self, page):
+        if not self.counts.get(page):
+            raise ValueError(page)
+        self.counts[page] -= 1
+        if not self.counts[page]:
+            {give}
+"""
+
 VARIANT_ANSWERS = {
     "BlockManager": {
-        "order=lowest": """
-class BlockManager:
-    def __init__(self, pages):
-        import heapq
-
-        self.heap, self.heapq, self.counts = list(range(pages)), heapq, {}
-
-    @property
-    def free_pages(self):
-        return len(self.heap)
-
-    def references(self, page):
-        return self.counts.get(page, 0)
-
-    def allocate(self, count):
-        if count > len(self.heap):
-            raise OutOfPages()
-        pages = [self.heapq.heappop(self.heap) for _ in range(count)]
-        for page in pages:
-            self.counts[page] = 1
-        return pages
-
-    def share(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] += 1
-
-    def release(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] -= 1
-        if not self.counts[page]:
-            self.heapq.heappush(self.heap, page)
-""",
-        "order=highest": """
-class BlockManager:
-    def __init__(self, pages):
-        import heapq
-
-        self.heap, self.heapq, self.counts = [-page for page in reversed(range(pages))], heapq, {}
-
-    @property
-    def free_pages(self):
-        return len(self.heap)
-
-    def references(self, page):
-        return self.counts.get(page, 0)
-
-    def allocate(self, count):
-        if count > len(self.heap):
-            raise OutOfPages()
-        pages = [-self.heapq.heappop(self.heap) for _ in range(count)]
-        for page in pages:
-            self.counts[page] = 1
-        return pages
-
-    def share(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] += 1
-
-    def release(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] -= 1
-        if not self.counts[page]:
-            self.heapq.heappush(self.heap, -page)
-""",
-        "order=oldest": """
-class BlockManager:
-    def __init__(self, pages):
-        self.heap, self.counts = list(range(pages)), {}
-
-    @property
-    def free_pages(self):
-        return len(self.heap)
-
-    def references(self, page):
-        return self.counts.get(page, 0)
-
-    def allocate(self, count):
-        if count > len(self.heap):
-            raise OutOfPages()
-        pages = [self.heap.pop(0) for _ in range(count)]
-        for page in pages:
-            self.counts[page] = 1
-        return pages
-
-    def share(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] += 1
-
-    def release(self, page):
-        if not self.counts.get(page):
-            raise ValueError(page)
-        self.counts[page] -= 1
-        if not self.counts[page]:
-            self.heap.append(page)
-""",
+        "order=lowest": MANAGER.format(
+            free="list(range(pages))", take="heapq.heappop(self.free)", give="heapq.heappush(self.free, page)"
+        ),
+        "order=highest": MANAGER.format(
+            free="[-page for page in reversed(range(pages))]", take="-heapq.heappop(self.free)",
+            give="heapq.heappush(self.free, -page)",
+        ),
+        "order=oldest": MANAGER.format(
+            free="list(range(pages))", take="self.free.pop(0)", give="self.free.append(page)"
+        ),
         "order=newest": """
 class BlockManager:
     def __init__(self, pages):
