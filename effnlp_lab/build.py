@@ -19,10 +19,9 @@ import nbformat
 from nbformat import NotebookNode
 
 from effnlp_lab import exercises
+from effnlp_lab.blanks import STUB, TEXT_STUB
 from effnlp_lab.errors import EffnlpError
 from effnlp_lab.master import (
-    STUB,
-    TEXT_STUB,
     Cell,
     Master,
     MasterError,

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from effnlp_lab import exercises, policy
 from effnlp_lab.blanks import STUB
-from effnlp_lab.blanks import TEXT_STUB as TEXT_STUB
 from effnlp_lab.errors import EffnlpError
 from effnlp_lab.exercises.closeness import base_name
 from effnlp_lab.exercises.reference import Edit, Mistake

@@ -57,7 +57,7 @@ c.CourseDirectory.ignore = [
     "*.log", "*.html", "*.png", "*.svg",
 ]
 
-# The release is generated: making it again replaces it. The stub is effnlp_lab.master.STUB (a test compares them;
+# The release is generated: making it again replaces it. The stub is effnlp_lab.blanks.STUB (a test compares them;
 # importing it here would import torch at every command).
 c.GenerateAssignment.force = True
 c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your answer goes here")'}

@@ -13,7 +13,8 @@ from effnlp_grading.opening import OpenAnywhere
 from nbgrader.converters import GenerateAssignment
 from traitlets.config.loader import PyFileConfigLoader
 
-from effnlp_lab.master import BEGIN, END, STUB, TEXT_STUB, read_master, regions
+from effnlp_lab.blanks import STUB, TEXT_STUB
+from effnlp_lab.master import BEGIN, END, read_master, regions
 
 ROOT = Path(__file__).resolve().parents[2]
 MASTERS = sorted(ROOT.glob("solutions/[0-9][0-9]_*/*.py"))

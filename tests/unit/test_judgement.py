@@ -12,10 +12,11 @@ import toy
 from test_master import GOOD
 
 from effnlp_lab import build, exercises, policy
+from effnlp_lab.blanks import TEXT_STUB
 from effnlp_lab.errors import UsageError
 from effnlp_lab.exercises.closeness import closeness, points_of, predicted_values
 from effnlp_lab.exercises.spec import Guess, Prediction, SpecError, Written
-from effnlp_lab.master import TEXT_STUB, MasterError, read_master
+from effnlp_lab.master import MasterError, read_master
 
 ROOT = Path(__file__).resolve().parents[2]
 LABS = exercises.lab_names()
