@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,15 +37,14 @@ SOME = 128
 STEPS, BATCH, LENGTH = 600, 64, 256
 
 
-def run(device: Device, folder: Path) -> list[Comparison]:
+def run(device: Device, folder: Path) -> Iterator[Comparison]:
     """Both losses at both widths, then the students (small sizes where EFFNLP_FAST asks for them)."""
     small = os.environ.get("EFFNLP_FAST", "").strip().lower() in ("1", "true")
-    made = []
     for width in (256,) if small else WIDTHS:
         for name in LOSSES:
-            made.append(losses(name, 512 if small else ROWS, width, 4000 if small else VOCABULARY, device))
+            yield losses(name, 512 if small else ROWS, width, 4000 if small else VOCABULARY, device)
             free()
-    return [*made, students(device, steps=20 if small else STEPS)]
+    yield students(device, steps=20 if small else STEPS)
 
 
 def inputs(rows: int, width: int, vocabulary: int) -> list[Tensor]:

@@ -19,7 +19,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,24 +42,22 @@ RECORDED = {(1, 1024): 0.25, (1, 32768): 1.96, (16, 8192): 2.70, (128, 4096): 2.
 """TB/s of a FlashAttention 3 build on an H100, at 32 heads on 8 and pages of 16: (batch, length)."""
 
 
-def run(device: Device, folder: Path) -> list[Comparison]:
+def run(device: Device, folder: Path) -> Iterator[Comparison]:
     """Decoding, then the engine, then one request alone (small sizes where EFFNLP_FAST asks for them)."""
     small = os.environ.get("EFFNLP_FAST", "").strip().lower() in ("1", "true")
     parts = os.environ.get("EFFNLP_PAGED_PARTS", "decode,engine,single").split(",")
-    made = []
     if "decode" in parts:
         for kv_heads in (8, 4):
             for batch in _numbers("EFFNLP_PAGED_BATCHES", (1, 4, 16, 64, 128) if not small else (1, 16)):
                 for length in _numbers("EFFNLP_PAGED_LENGTHS", (1024, 4096, 8192, 32768) if not small else (1024,)):
                     if cache_bytes(batch, kv_heads, length) <= LARGEST:
-                        made.append(decoding(batch, kv_heads, length, device))
+                        yield decoding(batch, kv_heads, length, device)
                         _release()
     if "engine" in parts:
-        made.append(throughput(device, small))
+        yield throughput(device, small)
         _release()
     if "single" in parts:
-        made.append(single(device, small))
-    return made
+        yield single(device, small)
 
 
 def cache_bytes(batch: int, kv_heads: int, length: int) -> int:

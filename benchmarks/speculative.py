@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,21 +33,19 @@ TABLES = {"static": ((0.0, 0.5, 1.0, 1.5), (1, 2, 4)), "paged": ((0.0, 1.0), (2,
 CLOSE = 0.15
 
 
-def run(device: Device, folder: Path) -> list[Comparison]:
+def run(device: Device, folder: Path) -> Iterator[Comparison]:
     """Greedy and sampled beside transformers, then the tables (small sizes where EFFNLP_FAST asks for them)."""
     small = os.environ.get("EFFNLP_FAST", "").strip().lower() in ("1", "true")
     target, draft = (load_model(name, device=device) for name in ("course-base", "course-draft"))
     for model in (target, draft):
         model.generation_config.eos_token_id = None  # every contestant makes the same number of tokens
     texts, new = prompts(2 if small else PROMPTS), 32 if small else NEW
-    made = []
     for name, kind in CACHES.items():
         temperatures, gammas = TABLES["paged" if small else name]
         best, table = speed_table(name, kind, target, draft, texts, new, temperatures, gammas, device)
-        made.append(table)
+        yield table
         for temperature in (0.0, 1.0):
-            made.append(beside(name, kind, target, draft, texts[:BESIDE], new, temperature, best[temperature], device))
-    return made
+            yield beside(name, kind, target, draft, texts[:BESIDE], new, temperature, best[temperature], device)
 
 
 def prompts(count: int) -> list[Tensor]:

@@ -19,6 +19,7 @@ from effnlp_lab.runner import kill_tree
 DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 SUFFIXES = (".py", ".ipynb", ".json", ".toml", ".html", ".safetensors", ".txt")
 NOT_DIGESTED = ("__pycache__", ".ipynb_checkpoints")
+NBVAL_TAG = "nbval-check-output"
 
 
 @dataclass
@@ -67,8 +68,17 @@ def tree_key(root: Path, card: str) -> str:
     """A digest of what the steps run (not of prose or of measured figures), of Python and of the card's name."""
     whole = hashlib.sha256(f"{card}\n{sys.version_info[:2]}\n".encode())
     for path in sorted(_digested(root)):
-        whole.update(f"{path.relative_to(root).as_posix()}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+        what = _code_of(path) if path.suffix == ".ipynb" else path.read_bytes()
+        whole.update(f"{path.relative_to(root).as_posix()}\n".encode() + hashlib.sha256(what).digest())
     return whole.hexdigest()[:16]
+
+
+def _code_of(notebook: Path) -> bytes:
+    """A notebook's code cells, and of their outputs those that nbval compares."""
+    cells = [cell for cell in json.loads(notebook.read_bytes()).get("cells", ()) if cell["cell_type"] == "code"]
+    compared = [cell["outputs"] if NBVAL_TAG in cell["metadata"].get("tags", ()) else [] for cell in cells]
+    told = [[cell["id"], cell["source"], cell["metadata"].get("tags", [])] for cell in cells]
+    return json.dumps([told, compared]).encode()
 
 
 def commit_of(root: Path) -> str:
@@ -89,6 +99,7 @@ def _digested(root: Path) -> Iterable[Path]:
     for folder in DIGESTED:
         for path in (root / folder).rglob("*"):
             measured = folder == "benchmarks" and path.suffix != ".py"
+            measured |= folder == "solutions" and path.suffix == ".py"  # the notebooks are built from it, and counted
             passing = set(NOT_DIGESTED) & set(path.parts) or path.name.startswith("receipt_")
             if path.suffix in SUFFIXES and not measured and not passing and path.is_file():
                 yield path

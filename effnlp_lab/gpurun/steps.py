@@ -22,7 +22,7 @@ PARTS = {
 }
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
-LABS_A_STEP = 3
+LABS_A_STEP = 5
 ALLOWED_SECONDS = {"solutions-full": 600.0}
 """What steps whose names begin so may take together, at the clock."""
 LIMIT_SECONDS = 3600.0
@@ -79,13 +79,13 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
     """Where notebooks run at full size, a step is a few of them, so that little is lost by an interruption."""
     at_once = max(1, device.memory_bytes // GPU_BYTES_PER_NOTEBOOK)
     labs = [path.parent.name for path in find_notebooks(root=root)]
-    groups = [labs[first : first + LABS_A_STEP] for first in range(0, len(labs), LABS_A_STEP)]
+    groups = [labs[first : first + LABS_A_STEP] for first in range(0, len(labs), LABS_A_STEP)]  # later labs are longer
 
     def run(name: str, *arguments: str) -> Step:
         more = ("--device", "cuda", "--jobs", str(at_once), "--out", "{folder}")
         return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks)
 
-    full = [run(f"solutions-full-{_span(group)}", *group, "--full") for group in groups]
+    full = [run(f"solutions-full-{_span(group)}", *reversed(group), "--full") for group in groups]
     rest = [run("solutions-fast", "--fast"), run("labs-full", "--student", "--full"),
             run("labs-fast", "--student", "--fast")]  # fmt: skip
     for group in groups:

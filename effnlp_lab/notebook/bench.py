@@ -241,7 +241,7 @@ def save_suite(name: str, comparisons: Iterable[Comparison], folder: Path, comma
 
 
 def suites(folder: Path | None = None) -> dict[str, Path]:
-    """The benchmarks that there are: `benchmarks/<name>.py`, each with `run(device, folder) -> list[Comparison]`."""
+    """The benchmarks that there are: `benchmarks/<name>.py`, each with `run(device, folder)`, which gives comparisons."""
     folder = suite_folder() if folder is None else folder
     return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
 
@@ -284,10 +284,12 @@ def main(names: Iterable[str], device: str | Device = "auto", folder: Path | Non
         if getattr(suite, "NEEDS", device.kind) != device.kind:
             print(f"{name}: not run, needs {suite.NEEDS} and this is {device.kind}.\n")
             continue
-        comparisons = suite.run(device, known[name].parent)
+        comparisons = []
+        for comparison in suite.run(device, known[name].parent):
+            comparisons.append(comparison)
+            print(comparison.table() + "\n", flush=True)
         command = f"python3 -m effnlp_lab bench {shlex.quote(name)}"
         save_suite(name, comparisons, out, command, device)
-        print("\n\n".join(comparison.table() for comparison in comparisons) + "\n")
     if book or out == (folder or suite_folder()):
         from effnlp_lab.notebook.book import write as write_book
 

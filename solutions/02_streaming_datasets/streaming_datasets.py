@@ -1012,11 +1012,12 @@ stretch = device.pick(fast=20, full=100)  # how many times as long every 64th te
 uniform = [[11, 12, 13, 14]] * 5000  # "This is a test"
 ragged = [[11, 12, 13, 14] * (stretch if n % 64 == 0 else 1) for n in range(5000)]
 torch.manual_seed(0)
+width = device.pick(fast=32, full=1024)  # wide enough that a GPU is not done before the host has asked
 network = torch.nn.Sequential(
-    torch.nn.Embedding(4096, 32),
-    torch.nn.Linear(32, 128),
+    torch.nn.Embedding(4096, width),
+    torch.nn.Linear(width, 4 * width),
     torch.nn.ReLU(),
-    torch.nn.Linear(128, 32),
+    torch.nn.Linear(4 * width, width),
 ).to(device.torch)
 
 
@@ -1040,9 +1041,9 @@ ladder = {
     "ragged, order of arrival": [seconds_for(ragged, size, size) for size in batch_sizes],
     "ragged, sorted": [seconds_for(ragged, size, 5000) for size in batch_sizes],
 }
-print(f"{'texts a second, batch size':30}" + "".join(f"{size:>10}" for size in batch_sizes))
+print(f"{'texts a second, batch size':30}" + "".join(f"{size:>12}" for size in batch_sizes))
 for label, row in ladder.items():
-    print(f"{label:30}" + "".join(f"{5000 / seconds:10,.0f}" for seconds in row))
+    print(f"{label:30}" + "".join(f"{5000 / seconds:12,.0f}" for seconds in row))
 figure, axes = plots.figure(
     f"5,000 texts; in the ragged ones every 64th is {stretch} times as long",
     "batch size (texts)",
@@ -1421,7 +1422,7 @@ overlapping, parts_overlapping = timeline(True)
 figure, axes = plots.figure(
     "Six batches, loaded and computed",
     "time (ms)",
-    " ",
+    "what runs",
     caption="Dark: loading. Light: computing. Above in turn, below overlapped.",
 )
 for base, parts in ((0, parts_in_turn), (3, parts_overlapping)):
@@ -1470,9 +1471,8 @@ print(
 # What has it all saved? The same texts go through the same small network once. The baseline pads everything to the longest
 # text; the library is what `DataLoader` with a padding collator does, batches in the order of a shuffle, padded to
 # the batch; yours and the kit's sort by length in windows of 8 batches; the limit has no padding at all. Quality is the share of
-# slots that are padding. Time is that of the network. On a CPU it follows the FLOPs. On a GPU this network is so small that
-# its time is that of starting operations, about the same in every row: there the FLOPs are the saving, and a model that
-# fills the card turns them into time. Peak memory counts the network's tensors at the largest batch, and sorting does not
+# slots that are padding. Time is that of the network, and follows the FLOPs. Peak memory counts the network's tensors at the
+# largest batch, and sorting does not
 # lower it: a batch of 32 long texts is still a batch of 32 long texts. (Who has to lower it makes batches of so many *tokens*
 # instead of so many texts, or packs.)
 
@@ -1530,7 +1530,7 @@ for (role, way), batches in rows_of.items():
         role,
         way,
         quality=f"{1 - real_tokens / slots:.1%}",
-        flops=float(slots * 2 * 2 * 32 * 128),
+        flops=float(slots * 2 * 2 * width * 4 * width),
         peak_bytes=counted_peak(lambda: send([max(ids, key=torch.numel)])),
         seconds=min(bench.timed(lambda: send(ids), device) for _ in range(2)),
     )

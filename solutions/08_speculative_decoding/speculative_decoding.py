@@ -779,14 +779,15 @@ def seconds_of(work):
 
 
 for name, kind in (("reading again", rereading), ("remembering", Remembering)):
+    speculate(kind(target), kind(drafter), prompt, 4, 5)  # warm-up
     spent, (again, _) = seconds_of(lambda: speculate(kind(target), kind(drafter), prompt, NEW, 5))
     same = "the same text" if torch.equal(again, text) else "another text: rounding, or roll_back?"
     print(f"{name:15}{1000 * spent / NEW:7.1f} ms a token; {same}")
 
 # %% [markdown]
 # Does remembering pay? The longer the text, the more. On a CPU it does here already. On a GPU a text as short as this one is
-# read again in about the time of one token; and the first run with a cache sets up what is set up once, which the clock
-# above counts. Run the cell a second time before you believe its second line.
+# read again in about the time of one token, and there is less to gain. Run the cell a second time before you believe a
+# small difference.
 #
 # ## 6. What it gives
 #

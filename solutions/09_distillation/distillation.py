@@ -166,7 +166,8 @@ for T in temperatures:
     soft_loss(mine, theirs, T).backward()
     sizes["with the factor"].append(mine.grad.norm().item())
     sizes["without it"].append(mine.grad.norm().item() / T**2)
-figure, axes = plots.figure("The gradient of the soft loss by temperature", "temperature T", "norm of the gradient")
+figure, axes = plots.figure("The gradient of the soft loss by temperature", "temperature T", "norm of the gradient",
+                            caption="Without the factor T squared it falls with the square of the temperature.")
 for name, values in sizes.items():
     axes.plot(temperatures, values, label=name)
 axes.set_xscale("log", base=2)
@@ -882,7 +883,8 @@ def fitted(kind):
     return bell(10 * form[0], form[1].exp()).softmax(0).detach(), 10 * form[0].item(), form[1].exp().item()
 
 
-figure, axes = plots.figure("One bell for two modes", "token", "probability")
+figure, axes = plots.figure("One bell for two modes", "token", "probability",
+                            caption="Forward KL covers both modes, reverse KL takes one.")
 axes.fill_between(places, two_modes.exp(), color="#DDDDDD", label="teacher")
 spoken = []
 for kind, one in zip(("forward", "reverse", "jsd"), plots.looks(3)):

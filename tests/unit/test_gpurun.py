@@ -12,6 +12,7 @@ import types
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 import torch
@@ -87,6 +88,21 @@ def test_another_tree_or_card_is_done_again_and_prose_and_figures_are_not(tree):
     assert tree_key(tree, CARD) == key != tree_key(tree, "another card")
     (tree / "effnlp_lab" / "room.py").write_text("answer = 43\n")
     assert tree_key(tree, CARD) != key
+
+
+def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
+    def key(source="1 + 1", output="2", tags=(), prose="words"):
+        cell = nbformat.v4.new_code_cell(source, id="sum", metadata={"tags": list(tags)})
+        cell.outputs = [nbformat.v4.new_output("stream", text=output)]
+        path = tree / "solutions" / "00_lab" / "lab.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose, id="prose"), cell]), path)
+        return tree_key(tree, CARD)
+
+    first = key()
+    assert key(prose="other words") == key(output="3") == first != key(source="1 + 2")
+    checked = key(tags=["nbval-check-output"])
+    assert checked != first and key(tags=["nbval-check-output"], output="3") != checked
 
 
 def test_one_part_alone_is_not_the_whole(tree, capsys):
