@@ -241,7 +241,7 @@ def save_suite(name: str, comparisons: Iterable[Comparison], folder: Path, comma
 
 
 def suites(folder: Path | None = None) -> dict[str, Path]:
-    """The benchmarks that there are: `benchmarks/<name>.py`, each with `run(device, folder)`, which gives comparisons."""
+    """The benchmarks that there are: `benchmarks/<name>.py`, with `run(device, folder)`, which gives comparisons."""
     folder = suite_folder() if folder is None else folder
     return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
 
