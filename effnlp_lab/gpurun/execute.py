@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from effnlp_lab.gpurun.steps import Step
+from effnlp_lab.gpurun.steps import DIGESTED, Step
 from effnlp_lab.notebook.bench import write_json
 from effnlp_lab.runner import kill_tree
 
-DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 SUFFIXES = (".py", ".ipynb", ".json", ".toml", ".html", ".safetensors", ".txt")
 NOT_DIGESTED = ("__pycache__", ".ipynb_checkpoints")
 NBVAL_TAG = "nbval-check-output"
@@ -24,7 +23,7 @@ NBVAL_TAG = "nbval-check-output"
 
 @dataclass
 class Ended:
-    """How a step ended. `key` names the tree and the card; `kept` says that it ran in an earlier call."""
+    """How a step ended. `key` names what it read and the card; `kept` says that it ran in an earlier call."""
 
     name: str
     part: str
@@ -39,38 +38,49 @@ class Ended:
     kept: bool = False
 
 
-def execute(steps: Sequence[Step], out: Path, root: Path, key: str, force: bool = False,
+def execute(steps: Sequence[Step], out: Path, root: Path, keys: Mapping[str, str], force: bool = False,
             told: Callable[[Ended], None] = lambda ended: None) -> list[Ended]:  # fmt: skip
-    """Run what is not done yet, and call `told` after each step. Returns how each ended, in order."""
+    """Run what is not done yet, and call `told` after each step. Returns how each ended, in order.
+
+    keys: of each step by name, what it read and the card (`tree_keys`).
+    """
     done = []
     for step in steps:
-        ended = None if force else earlier(step, out, key)
+        ended = None if force else earlier(step, out, keys)
         if ended is None or ended.state != "ok":
             print(f"{step.name}: started", flush=True)
-            ended = _run(step, out, root, key)
+            ended = _run(step, out, root, keys[step.name])
         print(_line(ended), flush=True)
         done.append(ended)
         told(ended)
     return done
 
 
-def earlier(step: Step, out: Path, key: str) -> Ended | None:
-    """How a step ended in an earlier call on the same tree and card, or None."""
+def earlier(step: Step, out: Path, keys: Mapping[str, str]) -> Ended | None:
+    """How a step ended in an earlier call that read the same, on the same card, or None."""
     try:
         kept = Ended(**json.loads((out / step.name / "step.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     kept.kept = True
-    return kept if kept.key == key else None
+    return kept if kept.key == keys[step.name] else None
 
 
-def tree_key(root: Path, card: str) -> str:
-    """A digest of what the steps run (not of prose or of measured figures), of Python and of the card's name."""
-    whole = hashlib.sha256(f"{card}\n{sys.version_info[:2]}\n".encode())
+def tree_keys(root: Path, card: str, steps: Iterable[Step]) -> dict[str, str]:
+    """Of each step by name a digest of what it reads (not of prose or of measured figures), of Python and of the card.
+
+    A file is read by the steps that name it or a folder that it is in.
+    """
+    files = {}
     for path in sorted(_digested(root)):
         what = _code_of(path) if path.suffix == ".ipynb" else path.read_bytes()
-        whole.update(f"{path.relative_to(root).as_posix()}\n".encode() + hashlib.sha256(what).digest())
-    return whole.hexdigest()[:16]
+        files[path.relative_to(root).as_posix()] = hashlib.sha256(what).hexdigest()
+    keys = {}
+    for step in steps:
+        within = tuple(f"{one}/" for one in step.reads)
+        read = [one for one in files.items() if f"{one[0]}/".startswith(within)]
+        keys[step.name] = hashlib.sha256(json.dumps([card, sys.version_info[:2], read]).encode()).hexdigest()[:16]
+    return keys
 
 
 def _code_of(notebook: Path) -> bytes:

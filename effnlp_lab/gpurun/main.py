@@ -10,7 +10,7 @@ from typing import Any
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, report
-from effnlp_lab.gpurun.execute import commit_of, execute, tree_key
+from effnlp_lab.gpurun.execute import commit_of, execute, tree_keys
 from effnlp_lab.gpurun.steps import Step, all_steps, choose
 from effnlp_lab.notebook.bench import machine
 from effnlp_lab.notebook.book import write as write_book
@@ -43,15 +43,15 @@ def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on
         force: bool = False) -> int:  # fmt: skip
     """Run `chosen` of all `steps` on the machine `on`, the report written anew after each. Returns 0 or 1."""
     records = expected.load(root / "benchmarks" / expected.NAME)
-    key, commit = tree_key(root, on["device"]), commit_of(root)
+    keys, commit = tree_keys(root, on["device"], steps), commit_of(root)
 
     def tell(_: Any = None) -> dict[str, Any]:
-        told = report.gather(steps, chosen, out, key, on, commit, records)
+        told = report.gather(steps, chosen, out, keys, on, commit, records)
         report.write(told, out)
         return told
 
     out.mkdir(parents=True, exist_ok=True)
-    execute(chosen, out, root, key, force, tell)
+    execute(chosen, out, root, keys, force, tell)
     told = tell()
     if any(step.part == "bench" for step in chosen):
         _book(chosen, out, root)

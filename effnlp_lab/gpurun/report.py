@@ -17,10 +17,10 @@ from effnlp_lab.notebook.bench import describe, write_json
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def gather(steps: Sequence[Step], chosen: Sequence[Step], out: Path, key: str, machine: Mapping[str, Any],
-           commit: str, records: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+def gather(steps: Sequence[Step], chosen: Sequence[Step], out: Path, keys: Mapping[str, str],
+           machine: Mapping[str, Any], commit: str, records: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     """The report as one dictionary. `ok` is about the chosen steps, `whole` says whether every step has run."""
-    ended = {step.name: earlier(step, out, key) for step in steps}
+    ended = {step.name: earlier(step, out, keys) for step in steps}
     names = {step.name for step in chosen}
     figures = _figures([step for step in steps if step.part == "bench"], ended, out, records)
     problems = []
@@ -35,7 +35,7 @@ def gather(steps: Sequence[Step], chosen: Sequence[Step], out: Path, key: str, m
     problems += _too_slow(ended, names)
     absent = [name for name, one in ended.items() if one is None]
     return {
-        "ok": not problems, "whole": not absent, "not_run": absent, "problems": problems, "commit": commit, "tree": key,
+        "ok": not problems, "whole": not absent, "not_run": absent, "problems": problems, "commit": commit,
         "machine": dict(machine), "seconds": sum(one.seconds for one in ended.values() if one),
         "parts": {part: _part(part, steps, ended) for part in PARTS if any(step.part == part for step in steps)},
         "figures": [asdict(figure) for figure in figures],

@@ -22,6 +22,7 @@ PARTS = {
 }
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
+DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 LABS_A_STEP = 5
 ALLOWED_SECONDS = {"solutions-full": 600.0}
 """What steps whose names begin so may take together, at the clock."""
@@ -33,6 +34,7 @@ class Step:
     """One command of a part. `read` says what came out of it: (the step's folder, its exit code, its log) -> Found.
 
     In `command` the word `{folder}` stands for the step's own folder. `environment` is set over ours; None unsets.
+    `reads` are the files and folders, from the course's root, after whose change the step has to run again.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Step:
     read: Callable[[Path, int, str], Found] = findings.plain
     limit: float = LIMIT_SECONDS
     environment: dict[str, str | None] = field(default_factory=dict)
+    reads: tuple[str, ...] = DIGESTED
 
 
 def choose(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
@@ -83,7 +86,8 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
 
     def run(name: str, *arguments: str) -> Step:
         more = ("--device", "cuda", "--jobs", str(at_once), "--out", "{folder}")
-        return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks)
+        return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks,
+                    reads=("effnlp_lab", "labs" if "--student" in arguments else "solutions"))  # fmt: skip
 
     full = [run(f"solutions-full-{_span(group)}", *reversed(group), "--full") for group in groups]
     rest = [run("solutions-fast", "--fast"), run("labs-full", "--student", "--full"),
@@ -92,7 +96,7 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
         which = " or ".join(f"test_solution[{lab[3:]}]" for lab in group)
         command = _pytest("tests/notebooks/test_run.py", "-k", which, *spread_over(min(at_once, len(group))))
         rest.append(Step(f"nbval-{_span(group)}", "notebooks", command, findings.pytest,
-                         environment={"EFFNLP_FAST": None}))  # fmt: skip
+                         environment={"EFFNLP_FAST": None}, reads=("effnlp_lab", "solutions", "tests/notebooks")))
     return [*full, *rest]
 
 
@@ -112,6 +116,11 @@ def _bench(root: Path) -> list[Step]:
     at_full_size = {"EFFNLP_FAST": None, "EFFNLP_DEVICE": None}
     return [
         Step(f"bench-{name}", "bench", effnlp("bench", name, "--device", needs(path) or "cpu", "--out", "{folder}"),
-             findings.bench, environment=at_full_size)
+             findings.bench, environment=at_full_size, reads=_read_by(name, path.relative_to(root)))
         for name, path in suites(root / "benchmarks").items()
     ]  # fmt: skip
+
+
+def _read_by(suite: str, path: Path) -> tuple[str, ...]:
+    grading = ("grading/effnlp_grading", "tests/grading", "solutions", "labs") if suite == "grading" else ()
+    return ("effnlp_lab", path.as_posix(), *grading)

@@ -21,7 +21,7 @@ from effnlp_lab import cli
 from effnlp_lab.device import Device
 from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, findings, main, steps
-from effnlp_lab.gpurun.execute import tree_key
+from effnlp_lab.gpurun.execute import tree_keys
 from effnlp_lab.gpurun.steps import Step, choose
 from effnlp_lab.notebook.bench import Comparison, suites
 
@@ -59,6 +59,10 @@ def go(tree: Path, all_steps: list[Step], only=(), force: bool = False) -> tuple
     return code, json.loads((out / "report.json").read_text())
 
 
+def key_of(tree: Path, card: str = CARD, **more) -> str:
+    return tree_keys(tree, card, [Step("step", "tests", (), **more)])["step"]
+
+
 def counting(tree: Path, name: str, part: str = "tests", code: int = 0) -> Step:
     return Step(name, part, python(f"open({str(tree.parent / name)!r}, 'a').write('x'); raise SystemExit({code})"))
 
@@ -82,12 +86,14 @@ def test_what_is_done_is_not_repeated_and_what_failed_is(tree, capsys):
 
 
 def test_another_tree_or_card_is_done_again_and_prose_and_figures_are_not(tree):
-    key = tree_key(tree, CARD)
+    key, of_a_lab = key_of(tree), key_of(tree, reads=("solutions/00", "benchmarks/copy.py"))
     (tree / "README.md").write_text("words")
     (tree / "benchmarks" / "copy.json").write_text("{}")
-    assert tree_key(tree, CARD) == key != tree_key(tree, "another card")
+    assert key_of(tree) == key != key_of(tree, "another card")
     (tree / "effnlp_lab" / "room.py").write_text("answer = 43\n")
-    assert tree_key(tree, CARD) != key
+    assert key_of(tree) != key and key_of(tree, reads=("solutions/00", "benchmarks/copy.py")) == of_a_lab
+    (tree / "benchmarks" / "copy.py").write_text("")
+    assert key_of(tree, reads=("solutions/00", "benchmarks/copy.py")) != of_a_lab
 
 
 def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
@@ -97,7 +103,7 @@ def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
         path = tree / "solutions" / "00_lab" / "lab.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose, id="prose"), cell]), path)
-        return tree_key(tree, CARD)
+        return key_of(tree)
 
     first = key()
     assert key(prose="other words") == key(output="3") == first != key(source="1 + 2")
@@ -299,7 +305,7 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
     assert benches.keys() == suites(ROOT / "benchmarks").keys()
     assert "cpu" in benches["grading"] and "cuda" in benches["attention"] and "cpu" in benches["streaming"]
     for step in planned:
-        assert all((ROOT / word).exists() for word in step.command if word.startswith("tests/"))
+        assert all((ROOT / word).exists() for word in (*step.reads, *step.command) if word.startswith("tests/"))
         if "effnlp_lab" in step.command:
             assert step.read is not findings.pytest
     assert (ROOT / "Makefile").read_text().count("-m effnlp_lab gpu ") == 1
