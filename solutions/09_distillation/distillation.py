@@ -343,7 +343,7 @@ my_better_half = None  # "every other" or "first half"
 
 # %% tags=["demo"] needs=["student_weights"]
 LENGTH, BATCH, HELD_OUT = device.pick(fast=(48, 4, 16), full=(256, 16, 192))
-STEPS = device.pick(fast=12, full=1000)
+STEPS = device.pick(fast=12, full=600)
 
 
 def rows_of(name, limit, seed):
@@ -960,7 +960,7 @@ def on_policy_step(
 check("on_policy_step", on_policy_step)
 
 # %% tags=["demo"] needs=["soft_loss", "distillation_loss", "student_weights", "on_policy_step"]
-PROMPT, NEW, ROUNDS = device.pick(fast=(16, 8, 3), full=(32, 64, 80))
+PROMPT, NEW, ROUNDS = device.pick(fast=(16, 8, 3), full=(32, 64, 40))
 generator = torch.Generator().manual_seed(4)
 learner = copy.deepcopy(distilled)
 optimizer = torch.optim.AdamW(learner.parameters(), lr=RATE / 5, weight_decay=0.0)
