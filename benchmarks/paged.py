@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from effnlp_lab import paged
 from effnlp_lab.device import Device, ceilings
-from effnlp_lab.notebook.bench import Comparison, compare
+from effnlp_lab.notebook.bench import Comparison, compare, without_cudnn_attention
 
 NEEDS = "cuda"
 OURS = "effnlp_lab paged"
@@ -327,7 +327,8 @@ class _Padded(_Contestant):
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device="cuda")
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device="cuda")
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max(new), do_sample=False)
+        with without_cudnn_attention():
+            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max(new), do_sample=False)
         assert out.shape[1] == longest + max(new)
 
 
@@ -339,10 +340,14 @@ def single(device: Device, small: bool) -> Comparison:
     engine.warm_up()
     asked = paged.SamplingParams(max_new_tokens=new, stop_token_ids=())
     ids = torch.tensor([prompt], device="cuda")
+
+    def generate() -> Tensor:
+        with without_cudnn_attention():
+            return model.generate(ids, max_new_tokens=new, do_sample=False)
+
     made = compare(
         f"One request of {len(prompt)} tokens, {new} new, Llama-1B's shape",
-        {OURS: lambda: engine.generate([prompt], asked),
-         "generate": lambda: model.generate(ids, max_new_tokens=new, do_sample=False)},
+        {OURS: lambda: engine.generate([prompt], asked), "generate": generate},
         ours=OURS, peer="generate", device=device, repeats=3, warmup=1,
     )  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

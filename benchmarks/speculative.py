@@ -20,7 +20,7 @@ from effnlp_lab import speculative as room
 from effnlp_lab.course.models import load_model, load_tokenizer
 from effnlp_lab.course.text import load_text
 from effnlp_lab.device import Device
-from effnlp_lab.notebook.bench import Comparison, compare
+from effnlp_lab.notebook.bench import Comparison, compare, without_cudnn_attention
 
 NEEDS = "cuda"
 PLAIN, ASSISTED, GENERATE = "target alone (ours)", "transformers assisted", "transformers generate"
@@ -85,7 +85,8 @@ def theirs(target, draft, texts: list[Tensor], new: int, temperature: float) -> 
             found = []
             for text in texts:
                 ids = text[None].to(target.device)
-                out = target.generate(ids, attention_mask=torch.ones_like(ids), **how, **more)
+                with without_cudnn_attention():
+                    out = target.generate(ids, attention_mask=torch.ones_like(ids), **how, **more)
                 found.append(out[0, len(text) :].cpu())
             return found
 

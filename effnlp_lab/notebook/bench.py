@@ -17,7 +17,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -196,6 +197,23 @@ def timed(work: Callable[[], Any], device: Device, *, queued: bool | float = Fal
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000 / in_a_row
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Leave cuDNN out of PyTorch's attention, for a peer whose text grows.
+
+    On a recent GPU PyTorch prefers cuDNN, which prepares a plan for every new shape, some tenths of a second each; a
+    cache that grows has a new shape at every token, and a peer would be timed making plans.
+    """
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def machine(device: Device) -> dict[str, Any]:

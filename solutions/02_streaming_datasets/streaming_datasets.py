@@ -1063,9 +1063,9 @@ plots.show(figure, f"Texts a second at batch sizes 1, 8, 64 and 256. {spoken}.")
 
 # %% [markdown]
 # Uniform texts climb the ladder. Of the ragged ones in the order of arrival, every batch of 64 or more has its long text and
-# pays for it in every row. On a CPU that ends the climb at 8. On a GPU a larger batch goes on paying, because a batch this
-# small takes as long as starting its operations; but it falls behind the uniform ones. Sorted, there is next to nothing to
-# pay for. (On a GPU these times are so short that single points jump about. Look at the trend.)
+# pays for it in every row, which ends the climb at 8. Sorted, there is next to nothing to pay for: what still lies between
+# the two upper lines are the tokens of the long texts themselves. (Small batches on a GPU take as long as starting their
+# operations, whatever is in them.)
 #
 # ### All of it together: tokens a second
 #
@@ -1522,6 +1522,7 @@ receipt = Receipt(
     device=device,
     title=f"{len(receipt_texts):,} texts, {real_tokens:,} tokens, once through a small network",
 )
+wide = network[0].embedding_dim
 for (role, way), batches in rows_of.items():
     ids = [batch["input_ids"].to(device.torch) for batch in batches]
     slots = sum(batch.numel() for batch in ids)
@@ -1530,7 +1531,7 @@ for (role, way), batches in rows_of.items():
         role,
         way,
         quality=f"{1 - real_tokens / slots:.1%}",
-        flops=float(slots * 2 * 2 * width * 4 * width),
+        flops=float(slots * 2 * 2 * wide * 4 * wide),
         peak_bytes=counted_peak(lambda: send([max(ids, key=torch.numel)])),
         seconds=min(bench.timed(lambda: send(ids), device) for _ in range(2)),
     )

@@ -786,8 +786,9 @@ for name, kind in (("reading again", rereading), ("remembering", Remembering)):
 
 # %% [markdown]
 # Does remembering pay? The longer the text, the more. On a CPU it does here already. On a GPU a text as short as this one is
-# read again in about the time of one token, and there is less to gain. Run the cell a second time before you believe a
-# small difference.
+# read again in about the time of one token. And on a recent GPU remembering may look terribly slow at first: PyTorch leaves
+# attention to cuDNN there, which prepares a plan for every new shape, and a cache that grows has a new shape in each pass.
+# The plans are kept: run the cell a second time, and they cost nothing more.
 #
 # ## 6. What it gives
 #

@@ -181,13 +181,13 @@ def test_faster_than_assisted_generation_and_than_the_target_alone(cached):
     target, draft = (load_model(name, device="cuda") for name in ("course-base", "course-draft"))
     for model in (target, draft):
         model.generation_config.eos_token_id = None
-    texts, new = bench.prompts(3), 192
+    texts, new = bench.prompts(2), 96
     own = bench.decoders(CACHED[cached], target, draft, 0.0, 3)
     calls = {name: bench.all_of(decoder, texts, new) for name, decoder in own.items()}
     calls |= bench.theirs(target, draft, texts, new, 0.0)
     seconds = {}
     for name, call in calls.items():
-        call(), call()
+        call(), call()  # the first makes graphs, the second starts them for the first time
         seconds[name] = statistics.median(timed(call, resolve("cuda")) for _ in range(3))
     assert seconds["draft model"] < seconds[bench.ASSISTED], seconds
     assert min(seconds[name] for name in own if name != bench.PLAIN) < seconds[bench.PLAIN], seconds

@@ -211,3 +211,11 @@ def test_receipt_is_saved_where_asked(tmp_path, monkeypatch):
 def test_bad_rows_are_refused(row, sentence):
     with pytest.raises(UsageError, match=sentence):
         Row(**row)
+
+
+def test_cudnn_is_left_out_of_attention_and_put_back():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(KeyError), bench.without_cudnn_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
