@@ -107,6 +107,8 @@ MASTER = '''\
 # |---|---|---|---|---|
 # | 1 | `$exercise`: shares of a whole | 1 | 10 | 1 of 5 |
 #
+# **Time.** About one hour: the core exercises, the reading and the measurements.
+#
 # **You need** PyTorch tensors.
 #
 # **How a check works.** Under each blank stands one call, `check(...)`. It runs your function on fresh random cases,

@@ -12,6 +12,7 @@ from effnlp_lab.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 LABS = exercises.lab_names()
+WORDS = dict(zip("one two three four five".split(), range(1, 6), strict=True))
 
 
 def test_pages_are_what_the_specs_say(capsys):
@@ -38,6 +39,14 @@ def test_no_lab_is_over_five_hours(name):
     lab = exercises.lab(name)
     core = sum(e.minutes for e in lab.exercises if e.kind == "core" and e.twin_of is None)
     assert core <= 60 * lab.hours <= 60 * pages.MOST_HOURS
+
+
+@pytest.mark.parametrize("name", [name for name in LABS if exercises.lab(name).graded])
+def test_a_notebook_says_the_hours_of_its_spec(name):
+    lab = exercises.lab(name)
+    master = (ROOT / "solutions" / name / f"{lab.notebook}.py").read_text("utf-8")
+    number, half = re.search(r"\*\*Time\.\*\* About (\w+)( and a half)? hours?:", master).groups()
+    assert WORDS[number] + (0.5 if half else 0) == lab.hours
 
 
 def test_the_readme_has_every_graded_lab_with_its_hours():

@@ -24,21 +24,30 @@ from .drive import KINDS, weighed_sum
 Inputs = Mapping[str, Any]
 Variant = Mapping[str, str]
 SLACK = {torch.float32: 2e-5, torch.float64: 1e-12}  # of the largest number, for sums of a few hundred terms
+ROUNDINGS = 16  # of the sum of the terms' absolute values: what is left where large terms cancel
 
 
-def near(outputs: Any, expected: Any, path: str, dtype: torch.dtype = torch.float32) -> Finding | None:
-    """Compare with exact numbers, letting each tensor be off by `SLACK` of its largest number."""
-    return compare(outputs, expected, shifted(expected, SLACK[dtype]), dtype, path=path)
+def near(outputs: Any, expected: Any, path: str, dtype: torch.dtype = torch.float32,
+         terms: Any = None) -> Finding | None:  # fmt: skip
+    """Compare with exact numbers, letting each tensor be off by `SLACK` of its largest number.
+
+    terms: for numbers that are sums, the same sums of absolute values; where those cancel, `ROUNDINGS` of them count.
+    """
+    least = ROUNDINGS * torch.finfo(dtype).eps
+    return compare(outputs, expected, shifted(expected, SLACK[dtype], terms, least), dtype, path=path)
 
 
-def shifted(value: Any, slack: float) -> Any:
-    """`value` as a plain implementation would have it that is off by half of `slack`."""
+def shifted(value: Any, slack: float, terms: Any = None, least: float = 0.0) -> Any:
+    """`value` as a plain implementation would have it that is off by half of what is allowed."""
     if isinstance(value, dict):
-        return {key: shifted(item, slack) for key, item in value.items()}
+        return {key: shifted(item, slack, terms and terms[key], least) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [shifted(item, slack) for item in value]
+        return [shifted(item, slack, terms and terms[i], least) for i, item in enumerate(value)]
     if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        return value + slack / 2 * value.abs().max()
+        off = slack * value.abs().max()
+        if terms is not None:
+            off = torch.maximum(off, least * terms.abs().max())
+        return value + off / 2
     return value
 
 
@@ -162,10 +171,15 @@ class LoRALinear(Reference):
             else:
                 path = {"forward": f"the output{after}", "gradients": "the gradients",
                         "weight": f"the base's weight{after}"}[step]
-                found = near(got, want, path, dtype)
+                found = near(got, want, path, dtype, self._terms(inputs, variant) if step == "gradients" else None)
                 if found:
                     return found
         return None
+
+    def _terms(self, inputs: Inputs, variant: Variant) -> dict[str, Tensor | None]:
+        """The gradients with every term positive: how large what is added up is."""
+        x, weight, a, b = (inputs[name].double().abs() for name in ("x", "weight", "a", "b"))
+        return _gradients(x, weight, None, a, b, abs(_scale(inputs, variant)))
 
     def _verify_start(self, inputs: Inputs, outputs: Any, variant: Variant) -> Finding | None:
         weight, x, r = inputs["weight"], inputs["x"], inputs["r"]
