@@ -49,7 +49,7 @@ gpu: $(READY)
 grading-bench: $(READY)
 	EFFNLP_GRADING_SIZE=200 EFFNLP_FUZZ=100000 $(RUN) -m pytest tests/grading/test_class_scale.py \
 	    tests/grading/test_repair.py tests/grading/test_protocol.py --timeout 7200
-	$(RUN) -m effnlp_lab bench grading --device cpu
+	EFFNLP_GRADING_SIZE=200 $(RUN) -m effnlp_lab bench grading --device cpu
 
 semester: $(READY)
 	EFFNLP_SEMESTER=60 $(RUN) -m pytest tests/grading/test_semester.py --timeout 36000

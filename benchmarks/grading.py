@@ -63,6 +63,9 @@ def run(device: Device, folder: Path) -> list[Comparison]:
             with contextlib.suppress(Exception):  # a submission that ends its kernel fails the command, after the rest
                 plain.nbgrader("autograde", LAB, environment={"EFFNLP_DEVICE": "cpu", "EFFNLP_FAST": "1"})
 
-        return [compare(
-            f"Grading {size} submissions of lab 01 on {usable_cores()} cores; ours writes feedback pages too",
-            {OURS: judge_class, PEER: autograde}, ours=OURS, peer=PEER, repeats=1, warmup=0, device=device)]
+        result = compare(
+            "Grading a class's submissions of lab 01", {OURS: judge_class, PEER: autograde}, ours=OURS, peer=PEER,
+            unit="submissions/min", work=60 * size, repeats=1, warmup=0, device=device,
+        )  # fmt: skip
+        result.notes.append(f"{size} submissions on {usable_cores()} cores; ours writes feedback pages too.")
+        return [result]
