@@ -27,8 +27,8 @@ from typing import Any
 from effnlp_lab.device import Device, cpu_name, resolve
 from effnlp_lab.errors import UsageError
 
-# Units, and how a time in seconds becomes a figure: work is in bytes or floating-point operations.
-UNITS = {"s": 0.0, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GFLOP/s": 1e9, "TFLOP/s": 1e12}
+# Units, and how a time in seconds becomes a figure: work is in bytes, floating-point operations or submissions.
+UNITS = {"s": 0.0, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "submissions/min": 1 / 60}
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "tokenizers", "tiktoken", "datasets", "peft", "bitsandbytes",
     "flash_attn", "liger_kernel", "scipy",
