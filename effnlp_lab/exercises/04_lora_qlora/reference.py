@@ -171,15 +171,11 @@ class LoRALinear(Reference):
             else:
                 path = {"forward": f"the output{after}", "gradients": "the gradients",
                         "weight": f"the base's weight{after}"}[step]
-                found = near(got, want, path, dtype, self._terms(inputs, variant) if step == "gradients" else None)
+                terms = _terms(inputs, _scale(inputs, variant)) if step == "gradients" else None
+                found = near(got, want, path, dtype, terms)
                 if found:
                     return found
         return None
-
-    def _terms(self, inputs: Inputs, variant: Variant) -> dict[str, Tensor | None]:
-        """The gradients with every term positive: how large what is added up is."""
-        x, weight, a, b = (inputs[name].double().abs() for name in ("x", "weight", "a", "b"))
-        return _gradients(x, weight, None, a, b, abs(_scale(inputs, variant)))
 
     def _verify_start(self, inputs: Inputs, outputs: Any, variant: Variant) -> Finding | None:
         weight, x, r = inputs["weight"], inputs["x"], inputs["r"]
@@ -303,6 +299,12 @@ def _gradients(x, weight, bias, a, b, scale) -> dict[str, Tensor | None]:
     with torch.enable_grad():
         weighed_sum(F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)).backward()
     return {"x": x.grad, "a": a.grad, "b": b.grad, "base": None}
+
+
+def _terms(inputs: Inputs, scale: float) -> dict[str, Tensor | None]:
+    """The gradients of `_gradients` with every term positive: how large is what is added up."""
+    x, weight, a, b = (inputs[name].double().abs() for name in ("x", "weight", "a", "b"))
+    return _gradients(x, weight, None, a, b, scale)
 
 
 def _alike(outputs: dict, wrong: dict) -> bool:
@@ -1035,8 +1037,10 @@ class QLoRALinear(Reference):
         if first != 1 or last > 2:
             return Finding(f"dequantize was called {first} times forward and {last - first} times backward: once each "
                            "is enough")
+        terms = _terms(inputs, inputs["scaling"])
         for name in ("x", "a", "b"):
-            found = near(outputs["gradients"][name], expected["gradients"][name], f"the gradient of {name}")
+            found = near(outputs["gradients"][name], expected["gradients"][name], f"the gradient of {name}",
+                         terms=terms[name])
             if found:
                 return found
         return None
