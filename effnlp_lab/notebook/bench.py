@@ -43,7 +43,7 @@ class Comparison:
 
     `unit` is the unit of the figures and `work` what one run does, in bytes or operations. `limit` is the hardware's
     limit in that unit. `missing` names peers that could not run, and why. `checks` says what was verified in the run.
-    `cpu_seconds`, on a CPU, is the time of all threads on a core: what is left when other processes took turns.
+    `cpu_seconds`, on a CPU, is the time of all threads and children on a core: what is left when others took turns.
     """
 
     title: str
@@ -160,16 +160,21 @@ def compare(
     cpu_seconds: dict[str, list[float]] = {name: [] for name in contestants} if device.kind == "cpu" else {}
     for round_number in range(warmup + repeats):
         for name, contestant in contestants.items():
-            before = time.process_time()
+            before = _cpu_time()
             elapsed = timed(contestant, device, queued=queued, in_a_row=in_a_row)
             if round_number >= warmup:
                 seconds[name].append(elapsed)
                 if cpu_seconds:
-                    cpu_seconds[name].append(time.process_time() - before)
+                    cpu_seconds[name].append(_cpu_time() - before)
     notes = [QUEUED_NOTE] if queued and device.kind == "cuda" else []
     if in_a_row > 1:
         notes.append(f"Each measurement is of {in_a_row} runs in a row, and a {in_a_row}th of their time.")
     return Comparison(title, seconds, ours, peer, unit, work, limit, missing, notes=notes, cpu_seconds=cpu_seconds)
+
+
+def _cpu_time() -> float:
+    """Seconds on a core, of this process and of those that it has waited for."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def timed(work: Callable[[], Any], device: Device, *, queued: bool | float = False, in_a_row: int = 1) -> float:

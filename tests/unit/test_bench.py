@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -219,3 +221,10 @@ def test_cudnn_is_left_out_of_attention_and_put_back():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         raise KeyError
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_the_time_of_children_counts_as_cpu_time():
+    work = "sum(range(10_000_000))"
+    calls = {"child": lambda: subprocess.run([sys.executable, "-S", "-c", work], check=True)}
+    made = compare("Sums", calls, ours="child", peer="child", repeats=1, warmup=0, device=CPU)
+    assert made.cpu_seconds["child"][0] > 0.05
