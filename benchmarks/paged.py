@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from effnlp_lab import paged
 from effnlp_lab.device import Device, ceilings
-from effnlp_lab.notebook.bench import Comparison, compare, without_cudnn_attention
+from effnlp_lab.notebook.bench import NO_CUDNN_NOTE, Comparison, compare, without_cudnn_attention
 
 NEEDS = "cuda"
 OURS = "effnlp_lab paged"
@@ -178,7 +178,8 @@ def throughput(device: Device, small: bool) -> Comparison:
     if size:
         contestants["padded generate"] = _Padded(model, prompts, new, size)
     seconds: dict[str, list[float]] = {}
-    notes = [f"{sum(map(len, prompts)):,} prompt tokens and {sum(new):,} new ones; each contestant warmed up first."]
+    notes = [f"{sum(map(len, prompts)):,} prompt tokens and {sum(new):,} new ones; each contestant warmed up first.",
+             NO_CUDNN_NOTE]  # fmt: skip
     for name, start in contestants.items():
         try:
             with start as serve:
@@ -352,6 +353,7 @@ def single(device: Device, small: bool) -> Comparison:
     )  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     floor = weights / ceilings(device).copy_bytes_per_second
+    made.notes.append(NO_CUDNN_NOTE)
     made.notes.append(f"A token costs ours {made.median(OURS) / new * 1e3:.2f} ms; reading the weights takes "
                       f"{floor * 1e3:.2f} ms.")  # fmt: skip
     return made

@@ -20,7 +20,7 @@ from effnlp_lab import speculative as room
 from effnlp_lab.course.models import load_model, load_tokenizer
 from effnlp_lab.course.text import load_text
 from effnlp_lab.device import Device
-from effnlp_lab.notebook.bench import Comparison, compare, without_cudnn_attention
+from effnlp_lab.notebook.bench import NO_CUDNN_NOTE, Comparison, compare, without_cudnn_attention
 
 NEEDS = "cuda"
 PLAIN, ASSISTED, GENERATE = "target alone (ours)", "transformers assisted", "transformers generate"
@@ -111,6 +111,7 @@ def beside(target, draft, texts: list[Tensor], new: int, temperature: float, gam
         calls, ours="draft model", peer=ASSISTED, device=device, repeats=3, warmup=0,
     )  # fmt: skip
     tokens = len(texts) * new
+    result.notes.append(NO_CUDNN_NOTE)
     result.notes += [f"{who}: {tokens / result.median(who):,.0f} tokens/s" for who in calls]
     speeds = {who: result.median(PLAIN) / result.median(who) for who in own if who != PLAIN}
     said = ", ".join(f"{who} {value:.2f}x" for who, value in speeds.items())
