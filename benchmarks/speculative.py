@@ -34,7 +34,7 @@ CLOSE = 0.15
 
 
 def run(device: Device, folder: Path) -> Iterator[Comparison]:
-    """Greedy and sampled beside transformers, then the tables (small sizes where EFFNLP_FAST asks for them)."""
+    """The tables, then greedy and sampled beside transformers (small sizes where EFFNLP_FAST asks for them)."""
     small = os.environ.get("EFFNLP_FAST", "").strip().lower() in ("1", "true")
     target, draft = (load_model(name, device=device) for name in ("course-base", "course-draft"))
     for model in (target, draft):

@@ -109,9 +109,9 @@ def _digested(root: Path) -> Iterable[Path]:
     for folder in DIGESTED:
         for path in (root / folder).rglob("*"):
             measured = folder == "benchmarks" and path.suffix != ".py"
-            measured |= folder == "solutions" and path.suffix == ".py"  # the notebooks are built from it, and counted
+            master = folder == "solutions" and path.suffix == ".py"  # its notebook is counted
             passing = set(NOT_DIGESTED) & set(path.parts) or path.name.startswith("receipt_")
-            if path.suffix in SUFFIXES and not measured and not passing and path.is_file():
+            if path.suffix in SUFFIXES and not (measured or master or passing) and path.is_file():
                 yield path
 
 

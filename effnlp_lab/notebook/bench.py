@@ -34,7 +34,7 @@ PACKAGES = (
     "flash_attn", "liger_kernel", "scipy",
 )
 FOLDER = "benchmarks"
-NO_CUDNN_NOTE = "transformers runs without cuDNN's attention, which would prepare a plan for every new length."
+NO_CUDNN_NOTE = "transformers' generate runs without cuDNN's attention, which would prepare a plan for each length."
 QUEUED_NOTE = "The GPU's time alone: the host starts each run while the GPU is still busy with something else."
 
 

@@ -187,7 +187,7 @@ def test_faster_than_assisted_generation_and_than_the_target_alone(cached):
     calls |= bench.theirs(target, draft, texts, new, 0.0)
     seconds = {}
     for name, call in calls.items():
-        call(), call()  # the first makes graphs, the second starts them for the first time
+        call(), call()
         seconds[name] = statistics.median(timed(call, resolve("cuda")) for _ in range(3))
     assert seconds["draft model"] < seconds[bench.ASSISTED], seconds
     assert min(seconds[name] for name in own if name != bench.PLAIN) < seconds[bench.PLAIN], seconds
