@@ -3,7 +3,9 @@ decoding with the target alone; then the table of Leviathan et al. 2023: accepta
 predicts from the measured acceptance rate and cost ratio.
 
 One request at a time, prompts from held-out modules of Python's library, always the same number of new tokens. Ours
-run whole steps as CUDA graphs, with and without a drafter alike.
+run whole steps as CUDA graphs, with and without a drafter alike: on pages with the paged room's fused operations, or
+on a static cache with transformers' own, many small kernels, of which a pass over a few tokens costs more than one
+over a single token.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ PLAIN, ASSISTED, GENERATE = "target alone (ours)", "transformers assisted", "tra
 PROMPTS, PROMPT, NEW = 4, 128, 128
 BESIDE = 2
 """Prompts of the runs beside transformers, whose tokens take thirty times as long."""
-CACHES = {"static": room.StaticCachedModel, "paged": room.PagedCachedModel}
-TABLES = {"static": ((0.0, 0.5, 1.0, 1.5), (1, 2, 4)), "paged": ((0.0, 1.0), (2, 4))}
+CACHES = {"paged": room.PagedCachedModel, "static": room.StaticCachedModel}
+TABLES = {"paged": ((0.0, 0.5, 1.0, 1.5), (1, 2, 4)), "static": ((0.0, 1.0), (2, 4))}
 """Temperatures and gammas for each kind of cache."""
 CLOSE = 0.15
 
@@ -41,11 +43,11 @@ def run(device: Device, folder: Path) -> Iterator[Comparison]:
         model.generation_config.eos_token_id = None  # every contestant makes the same number of tokens
     texts, new, best = prompts(2 if small else PROMPTS), 32 if small else NEW, {}
     for name, kind in CACHES.items():
-        temperatures, gammas = TABLES["paged" if small else name]
+        temperatures, gammas = TABLES["static" if small else name]
         best[name], table = speed_table(name, kind, target, draft, texts, new, temperatures, gammas, device)
         yield table
     for temperature in (0.0, 1.0):
-        yield beside(target, draft, texts[:BESIDE], new, temperature, best["static"][temperature], device)
+        yield beside(target, draft, texts[:BESIDE], new, temperature, best["paged"][temperature], device)
 
 
 def prompts(count: int) -> list[Tensor]:
@@ -96,9 +98,9 @@ def theirs(target, draft, texts: list[Tensor], new: int, temperature: float) -> 
 
 
 def beside(target, draft, texts: list[Tensor], new: int, temperature: float, gamma: int, device: Device) -> Comparison:
-    """Ours, on a static cache and the draft model on a paged one too, and transformers' in turns."""
-    own = decoders(CACHES["static"], target, draft, temperature, gamma)
-    own["draft model, paged cache"] = decoders(CACHES["paged"], target, draft, temperature, gamma)["draft model"]
+    """Ours, on a paged cache and the draft model on a static one too, and transformers' in turns."""
+    own = decoders(CACHES["paged"], target, draft, temperature, gamma)
+    own["draft model, static cache"] = decoders(CACHES["static"], target, draft, temperature, gamma)["draft model"]
     calls = {who: all_of(decoder, texts, new) for who, decoder in own.items()}
     calls |= theirs(target, draft, texts, new, temperature)
     made = {who: call() for who, call in calls.items()}

@@ -124,7 +124,7 @@ def mutate(
     """Change the solutions in small ways and list the changes that no check notices."""
     if sandbox:
         given = [("--exercise", exercise), ("--sample", sample), ("--device", device)]
-        _grading("mutate", [lab, *(part for name, value in given if value for part in (name, str(value)))])
+        _grading("mutate", [lab, *(part for name, value in given if value is not None for part in (name, str(value)))])
     _finish(_load("effnlp_lab.mutate").main(match_lab(lab), exercise, sample, jobs))
 
 

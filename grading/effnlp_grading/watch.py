@@ -74,8 +74,9 @@ class GpuWatch:
     """Memory on the card, from outside: NVML's word on our processes, or `nvidia-smi`'s.
 
     In a container both may know processes by other numbers than ours: then what the whole card has gained since the
-    watch began counts, which is right where nobody else uses the card. Nothing but MIG or MPS enforces a limit; a
-    session above it is ended, after up to a quarter of a second.
+    watch began counts, which is right where nobody else uses the card. Cards that CUDA_VISIBLE_DEVICES leaves out, as
+    for a worker that was given one of several, are not looked at. Nothing but MIG or MPS enforces a limit; a session
+    above it is ended, after up to a quarter of a second.
     """
 
     def __init__(self) -> None:
@@ -125,7 +126,17 @@ class GpuWatch:
         return found
 
     def _handles(self) -> list:
-        return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
+        shown = _shown_cards()
+        if shown is None:
+            return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
+        return [self._nvml.nvmlDeviceGetHandleByIndex(int(one)) if one.isdecimal() else
+                self._nvml.nvmlDeviceGetHandleByUUID(one) for one in shown]  # fmt: skip
+
+
+def _shown_cards() -> list[str] | None:
+    """Numbers or UUIDs of the cards in CUDA_VISIBLE_DEVICES; None where it is not set, and all count."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if named is None else [one.strip() for one in named.split(",") if one.strip()]
 
 
 def _nvml():
@@ -142,9 +153,11 @@ def _smi(query: str) -> list[list[int]]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
+    shown = _shown_cards()
+    chosen = [] if shown is None else ["-i", ",".join(shown)]
     try:
-        said = subprocess.run([program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True,
-                              timeout=10, check=False).stdout
+        said = subprocess.run([program, query, "--format=csv,noheader,nounits", *chosen], capture_output=True,
+                              text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = []

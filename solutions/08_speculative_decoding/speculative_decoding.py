@@ -779,16 +779,16 @@ def seconds_of(work):
 
 
 for name, kind in (("reading again", rereading), ("remembering", Remembering)):
-    speculate(kind(target), kind(drafter), prompt, 4, 5)  # warm-up
+    speculate(kind(target), kind(drafter), prompt, NEW, 5)  # on a recent GPU cuDNN makes a plan for each new shape
     spent, (again, _) = seconds_of(lambda: speculate(kind(target), kind(drafter), prompt, NEW, 5))
     same = "the same text" if torch.equal(again, text) else "another text: rounding, or roll_back?"
     print(f"{name:15}{1000 * spent / NEW:7.1f} ms a token; {same}")
 
 # %% [markdown]
 # Does remembering pay? The longer the text, the more. On a CPU it does here already. On a GPU a text as short as this one is
-# read again in about the time of one token. And on a recent GPU remembering may look terribly slow at first: PyTorch leaves
-# attention to cuDNN there, which prepares a plan for every new shape, and a cache that grows has a new shape in each pass.
-# The plans are kept: run the cell a second time, and they cost nothing more.
+# read again in about the time of one token, and there is less to gain. (Each way runs once before it is timed. On a recent
+# GPU PyTorch leaves attention to cuDNN, which prepares a plan for every new shape and keeps it, and a cache that grows has a
+# new shape in each pass: the first run would be mostly plans.)
 #
 # ## 6. What it gives
 #

@@ -213,7 +213,7 @@ def flash_forward_kernel{FORWARD_SIGNATURE}:
         columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         k = tile_of(k_ptr, head // group, columns, keys, k_head, k_row, k_dim, DIM).to(tl.float32)
         v = tile_of(v_ptr, head // group, columns, keys, v_head, v_row, v_dim, DIM).to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         last = rows * 0 + keys - 1
         if CAUSAL:
             last = rows + keys - queries

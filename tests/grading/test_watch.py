@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from effnlp_grading import watch
@@ -55,3 +56,19 @@ def test_a_card_that_stays_full_is_not_waited_for(card, monkeypatch):
     begun = time.monotonic()
     gpu.begin()
     assert 0.2 <= time.monotonic() - begun < 2 and gpu.used(os.getpid()) == 5 * GIB
+
+
+@pytest.mark.parametrize("shown, bytes_seen", [(None, 7 * GIB), ("0", 5 * GIB), ("GPU-one", 2 * GIB), ("1,0", 7 * GIB)])
+def test_cards_of_other_workers_do_not_count(monkeypatch, shown, bytes_seen):
+    held, cards = {0: 0, 1: 0}, {"GPU-zero": 0, "GPU-one": 1}
+    monkeypatch.setattr(watch, "_nvml", lambda: SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=lambda number: [0, 1][number],
+        nvmlDeviceGetHandleByUUID=cards.__getitem__, nvmlDeviceGetComputeRunningProcesses=lambda handle: [],
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=held[handle])))  # fmt: skip
+    if shown is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    gpu = watch.GpuWatch()
+    held.update({0: 5 * GIB, 1: 2 * GIB})
+    assert gpu.used(os.getpid()) == bytes_seen

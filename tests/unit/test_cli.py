@@ -69,6 +69,8 @@ def test_help_is_quick_and_works_from_the_source_tree():
         (["mutate", "06", "--sample", "9"], ("effnlp_lab.mutate", "main", ("06_flash_attention", None, 9, None))),
         (["mutate", "06", "--sandbox", "--device", "cuda"],
          ("effnlp_grading.cli", "main", (["mutate", "06", "--device", "cuda"],))),
+        (["mutate", "06", "--sandbox", "--sample", "0"],
+         ("effnlp_grading.cli", "main", (["mutate", "06", "--sample", "0", "--device", "cpu"],))),
         (["bench", "attention"], ("effnlp_lab.notebook.bench", "main", (["attention"], "auto", None, None, False))),
         (["gpu", "--only", "tests", "--only", "bench"],
          ("effnlp_lab.gpurun.main", "main", (["tests", "bench"], False, None, False, False))),
