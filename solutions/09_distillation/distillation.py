@@ -529,8 +529,10 @@ print(f"The teacher itself was trained on {tokens:,} tokens: {spent:.1e} operati
 # %% [markdown]
 # Read the table in three ways.
 #
-# - **Same steps.** This is how distillation is usually shown, and here it looks its best: nobody asks who paid for the
-#   teacher's forward passes.
+# - **Same steps.** This is how distillation is usually shown, and where it looks its best: nobody asks who paid for the
+#   teacher's forward passes. Compare the two rows of each start. From the teacher's layers the soft targets help. From
+#   random numbers they may not even do that in so few steps: most of this loss asks for the teacher's probabilities and
+#   hidden states, which a student that has hardly read anything is far from.
 # - **Same compute.** A teacher of less than twice the student's size adds more than half a step. With a teacher of ten
 #   times the student's size a distilled step costs more than four ordinary ones: what the lecture means by "expensive
 #   if the teacher is big". (The teacher's logits can be computed once and stored if many students are trained on the same text. With
@@ -986,7 +988,8 @@ print(repr(tokenizer.decode(written[0].tolist())))
 # %% [markdown]
 # Writing is what makes a step slow: every new token is a forward pass of its own. (Yours reads the whole text again for
 # each; the kit's `OnPolicyDistillation` keeps keys and values.) So one distils from texts first, and on-policy at the
-# end.
+# end. Every step draws other prompts, and their losses scatter by more than a few dozen steps can gain: this shows
+# what a step is and what it costs, and not yet what it is worth.
 #
 # ## Stretch B: width pruning masks
 #

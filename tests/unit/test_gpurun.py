@@ -22,6 +22,7 @@ from effnlp_lab.device import Device
 from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, findings, main, steps
 from effnlp_lab.gpurun.execute import tree_keys
+from effnlp_lab.gpurun.imports import imported
 from effnlp_lab.gpurun.steps import Step, choose
 from effnlp_lab.notebook.bench import Comparison, suites
 
@@ -94,6 +95,42 @@ def test_another_tree_or_card_is_done_again_and_prose_and_figures_are_not(tree):
     assert key_of(tree) != key and key_of(tree, reads=("solutions/00", "benchmarks/copy.py")) == of_a_lab
     (tree / "benchmarks" / "copy.py").write_text("")
     assert key_of(tree, reads=("solutions/00", "benchmarks/copy.py")) != of_a_lab
+
+
+def test_a_benchmark_stands_while_what_it_imports_does(tree):
+    for name, text in {
+        "__init__.py": "", "near.py": "from effnlp_lab import deep", "deep.py": "", "far.py": "",
+        "room/__init__.py": "HOMES = {'Name': 'one'}", "room/one.py": "from .two import more", "room/two.py": "",
+        "hall/__init__.py": "", "hall/used.py": "def late():\n    import effnlp_lab.near\n", "hall/other.py": "",
+        "course/__init__.py": "", "course/models.py": "", "course/weights/w.safetensors": "", "course/text.py": "",
+    }.items():  # fmt: skip
+        (tree / "effnlp_lab" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tree / "effnlp_lab" / name).write_text(text)
+    script = tree / "benchmarks" / "copy.py"
+    script.write_text("import torch\nfrom effnlp_lab.room import Name\nfrom effnlp_lab.hall.used import late\n"
+                      "from effnlp_lab.course.models import load_model\n")
+    read = imported(script, tree)
+    assert read == tuple(f"effnlp_lab/{name}" for name in (
+        "__init__.py", "course/models.py", "course/weights", "deep.py", "hall/used.py", "near.py", "room"))
+
+    def changed(name: str) -> bool:
+        before = key_of(tree, reads=read)
+        (tree / "effnlp_lab" / name).write_text("more = 1\n")
+        return key_of(tree, reads=read) != before
+
+    assert not any(map(changed, ("far.py", "hall/other.py", "course/text.py")))
+    assert all(map(changed, ("deep.py", "room/two.py", "course/weights/w.safetensors")))
+
+
+def test_benchmarks_depend_on_their_rooms():
+    reads = {step.name: step.reads for step in steps.all_steps(ROOT, GPU)}
+    wanted = {"effnlp_lab/attention", "effnlp_lab/notebook/bench.py", "effnlp_lab/device.py"}
+    assert wanted < {*reads["bench-attention"]}
+    assert "effnlp_lab/paged/model.py" in reads["bench-speculative"]
+    assert "effnlp_lab/course/weights" in reads["bench-distillation"]
+    assert not any(path.startswith(("effnlp_lab/paged", "effnlp_lab/exercises")) for path in reads["bench-attention"])
+    for name, paths in reads.items():
+        assert paths and all((ROOT / path).exists() for path in paths), name
 
 
 def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
@@ -301,6 +338,8 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
     words = " ".join(word for step in planned for word in step.command)
     labs = [path.name for path in (ROOT / "solutions").glob("[0-9]*")]
     assert labs and all(f" {lab} " in words and f"test_solution[{lab[3:]}]" in words for lab in labs)
+    first = next(step.command for step in planned if step.name == "solutions-full")
+    assert sorted(word for word in first if word in labs) == sorted(labs) and first[4].startswith("04_")
     benches = {step.name.removeprefix("bench-"): step.command for step in planned if step.part == "bench"}
     assert benches.keys() == suites(ROOT / "benchmarks").keys()
     assert "cpu" in benches["grading"] and "cuda" in benches["attention"] and "cpu" in benches["streaming"]
