@@ -32,6 +32,7 @@ State = Literal["ok", "failed", "died", "timed out"]
 
 CPU_BYTES_PER_NOTEBOOK = 4 * GIB
 GPU_BYTES_PER_NOTEBOOK = 20 * GIB
+GPU_BYTES_PER_FAST_NOTEBOOK = 6 * GIB
 MOST_WORKERS = 16
 STRICT = {"EFFNLP_STRICT": "1"}  # a solution that its check refuses is a failure
 FAST_LIMIT_SECONDS = 900.0
@@ -190,14 +191,19 @@ def plan_jobs(device: Device, notebooks: int, jobs: int | None = None) -> Plan:
     cores = usable_cores()
     if device.kind == "cuda":
         cards = _visible_gpus()
-        a_card = max(1, device.memory_bytes // GPU_BYTES_PER_NOTEBOOK)
-        count = min(jobs or len(cards), len(cards) * a_card, max(1, notebooks))
+        count = min(jobs or len(cards), len(cards) * notebooks_a_card(device), max(1, notebooks))
         gpus: tuple[str | None, ...] = tuple(cards[slot % len(cards)] for slot in range(count))
     else:
         room = max(1, int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK))
         count = min(jobs or min(cores, room), max(1, notebooks))
         gpus = (None,) * count
     return Plan(count, max(1, min(cores // count, threads_asked_for() or cores)), gpus)
+
+
+def notebooks_a_card(device: Device) -> int:
+    """How many notebooks of the device's size (fast or full) a GPU's memory holds at a time."""
+    each = GPU_BYTES_PER_FAST_NOTEBOOK if device.fast else GPU_BYTES_PER_NOTEBOOK
+    return max(1, device.memory_bytes // each)
 
 
 def threads_asked_for() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from effnlp_lab.device import Device
@@ -13,18 +13,17 @@ from effnlp_lab.gpurun import findings
 from effnlp_lab.gpurun.findings import Found
 from effnlp_lab.gpurun.imports import imported
 from effnlp_lab.notebook.bench import needs, suites
-from effnlp_lab.runner import GPU_BYTES_PER_NOTEBOOK, find_notebooks, spread_over, workers_for_tests
+from effnlp_lab.runner import find_notebooks, notebooks_a_card, spread_over, workers_for_tests
 
 PARTS = {
     "tests": "the tests under tests/gpu",
-    "notebooks": "solutions and labs at full and at fast size, and the outputs that nbval compares",
+    "notebooks": "solutions and labs at full and at fast size, solutions at fast size under nbval, which compares",
     "grading": "the sample class and mutants, graded in the sandbox",
     "bench": "every benchmark, beside its peers",
 }
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
 DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
-LABS_A_STEP = 5
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""
 ALLOWED_SECONDS = {"solutions-full": 600.0}
@@ -82,29 +81,25 @@ def _tests() -> list[Step]:
 
 
 def _notebooks(root: Path, device: Device) -> list[Step]:
-    """Solutions at full size, all in one step; where nbval compares, a step is a few of them."""
-    at_once = max(1, device.memory_bytes // GPU_BYTES_PER_NOTEBOOK)
+    """Both sides at both sizes; nothing is executed twice: at fast size it is nbval that executes the solutions."""
     labs = [path.parent.name for path in find_notebooks(root=root)]
-    groups = [labs[first : first + LABS_A_STEP] for first in range(0, len(labs), LABS_A_STEP)]
     by_time = sorted(labs, key=lambda lab: LONGEST.index(lab[:2]) if lab[:2] in LONGEST else len(LONGEST))
 
+    at_once = {fast: notebooks_a_card(replace(device, fast=fast)) for fast in (False, True)}
+
     def run(name: str, *arguments: str) -> Step:
-        more = ("--device", "cuda", "--jobs", str(at_once), "--out", "{folder}")
+        more = ("--device", "cuda", "--jobs", str(at_once["--fast" in arguments]), "--out", "{folder}")
         return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks,
                     reads=("effnlp_lab", "labs" if "--student" in arguments else "solutions"))  # fmt: skip
 
-    steps = [run("solutions-full", *by_time, "--full"), run("solutions-fast", "--fast"),
-             run("labs-full", "--student", "--full"), run("labs-fast", "--student", "--fast")]  # fmt: skip
-    for group in groups:
-        which = " or ".join(f"test_solution[{lab[3:]}]" for lab in group)
-        command = _pytest("tests/notebooks/test_run.py", "-k", which, *spread_over(min(at_once, len(group))))
-        steps.append(Step(f"nbval-{_span(group)}", "notebooks", command, findings.pytest,
-                          environment={"EFFNLP_FAST": None}, reads=("effnlp_lab", "solutions", "tests/notebooks")))
-    return steps
-
-
-def _span(labs: Sequence[str]) -> str:
-    return f"{labs[0][:2]}-{labs[-1][:2]}"
+    compared = _pytest("tests/notebooks/test_run.py", "-k", "test_solution",
+                       *spread_over(min(at_once[True], len(labs))))  # fmt: skip
+    return [
+        run("solutions-full", *by_time, "--full"), run("labs-full", "--student", "--full"),
+        run("labs-fast", "--student", "--fast"),
+        Step("solutions-fast", "notebooks", compared, findings.pytest, environment={"EFFNLP_FAST": "1"},
+             reads=("effnlp_lab", "solutions", "tests/notebooks")),
+    ]  # fmt: skip
 
 
 def _grading() -> list[Step]:

@@ -337,9 +337,13 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
     assert {step.part for step in planned} == set(steps.PARTS) and len({s.name for s in planned}) == len(planned)
     words = " ".join(word for step in planned for word in step.command)
     labs = [path.name for path in (ROOT / "solutions").glob("[0-9]*")]
-    assert labs and all(f" {lab} " in words and f"test_solution[{lab[3:]}]" in words for lab in labs)
-    first = next(step.command for step in planned if step.name == "solutions-full")
-    assert sorted(word for word in first if word in labs) == sorted(labs) and first[4].startswith("04_")
+    assert labs and all(f" {lab} " in words for lab in labs)
+    command = {step.name: step.command for step in planned if step.part == "notebooks"}
+    full = command["solutions-full"]
+    assert sorted(word for word in full if word in labs) == sorted(labs) and full[4].startswith("04_")
+    jobs = {name: words[words.index("--jobs") + 1] for name, words in command.items() if "--jobs" in words}
+    assert jobs == {"solutions-full": "4", "labs-full": "4", "labs-fast": "13"}
+    assert next(step for step in planned if step.name == "solutions-fast").environment == {"EFFNLP_FAST": "1"}
     benches = {step.name.removeprefix("bench-"): step.command for step in planned if step.part == "bench"}
     assert benches.keys() == suites(ROOT / "benchmarks").keys()
     assert "cpu" in benches["grading"] and "cuda" in benches["attention"] and "cpu" in benches["streaming"]

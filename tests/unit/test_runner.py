@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -219,6 +220,7 @@ def test_jobs_on_gpus(monkeypatch):
     assert runner.plan_jobs(card, 10) == runner.Plan(2, 8, ("2", "5"))
     assert runner.plan_jobs(card, 10, jobs=3).gpus == ("2", "5", "2")
     assert runner.plan_jobs(card, 10, jobs=9).jobs == 4  # two notebooks of 20 GiB fit a card
+    assert runner.plan_jobs(replace(card, fast=True), 10, jobs=99).jobs == 10  # eight of 6 GiB
 
 
 def test_the_tree_is_killed_only_while_the_process_runs(tmp_path):
