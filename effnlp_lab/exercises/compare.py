@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,20 @@ def tolerance(expected: torch.Tensor, plain: torch.Tensor | None, dtype: torch.d
         gap = gap[torch.isfinite(gap)]
         plain_error = gap.max().item() if gap.numel() else 0.0
     return 2 * plain_error + rounding + eps * largest
+
+
+def leafwise(change: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """The structure `first` with change(leaf, the leaf of each other) for its leaves; tuples become lists.
+
+    The others are of the same form; None stands for None at every leaf.
+    """
+    if isinstance(first, Mapping):
+        parts = {key: [None if other is None else other[key] for other in others] for key in first}
+        return {key: leafwise(change, value, *parts[key]) for key, value in first.items()}
+    if isinstance(first, (list, tuple)):
+        parts = [[None if other is None else other[i] for other in others] for i in range(len(first))]
+        return [leafwise(change, value, *rest) for value, rest in zip(first, parts, strict=True)]
+    return change(first, *others)
 
 
 def compare(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnlp_lab.exercises.compare import Finding, compare
+from effnlp_lab.exercises.compare import Finding, compare, leafwise
 from effnlp_lab.exercises.reference import Case, Mistake, Reference, Rng, edit
 
 from .drive import run_piece, run_stack, steps_of_memory
@@ -36,16 +36,13 @@ def near(outputs: Any, expected: Any, slack: float = SLACK, plain: Any = None) -
 
 def shifted(value: Any, slack: float, plain: Any = None) -> Any:
     """`value` as a plain implementation would have it that is off by half of `slack`, or `plain` where it is more."""
-    if isinstance(value, dict):
-        return {key: shifted(item, slack, plain and plain[key]) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shifted(item, slack, plain and plain[i]) for i, item in enumerate(value)]
-    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        off = slack / 2 * value.abs().max()
-        if plain is not None and (plain - value).abs().max() > off:
-            return plain
-        return value + off
-    return value
+    def off_by(exact: Any, found: Any) -> Any:
+        if not isinstance(exact, Tensor) or not exact.is_floating_point() or not exact.numel():
+            return exact
+        off = slack / 2 * exact.abs().max()
+        return found if found is not None and (found - exact).abs().max() > off else exact + off
+
+    return leafwise(off_by, value, plain)
 
 
 class TrainingMemory(Reference):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effnlp_lab.exercises.compare import Finding, compare, kind_of
+from effnlp_lab.exercises.compare import Finding, compare, kind_of, leafwise
 from effnlp_lab.exercises.reference import Case, Mistake, Reference, Rng, edit
 
 from .drive import KINDS, weighed_sum
@@ -39,16 +39,13 @@ def near(outputs: Any, expected: Any, path: str, dtype: torch.dtype = torch.floa
 
 def shifted(value: Any, slack: float, terms: Any = None, least: float = 0.0) -> Any:
     """`value` as a plain implementation would have it that is off by half of what is allowed."""
-    if isinstance(value, dict):
-        return {key: shifted(item, slack, terms and terms[key], least) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shifted(item, slack, terms and terms[i], least) for i, item in enumerate(value)]
-    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        off = slack * value.abs().max()
-        if terms is not None:
-            off = torch.maximum(off, least * terms.abs().max())
-        return value + off / 2
-    return value
+    def off_by(exact: Any, sums: Any) -> Any:
+        if not isinstance(exact, Tensor) or not exact.is_floating_point() or not exact.numel():
+            return exact
+        off = slack * exact.abs().max()
+        return exact + (off if sums is None else torch.maximum(off, least * sums.abs().max())) / 2
+
+    return leafwise(off_by, value, terms)
 
 
 def tensors_named(outputs: Any, names: tuple[str, ...]) -> Finding | None:

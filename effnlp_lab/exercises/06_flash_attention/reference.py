@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnlp_lab.exercises.compare import Finding, compare
+from effnlp_lab.exercises.compare import Finding, compare, leafwise
 from effnlp_lab.exercises.reference import Case, Mistake, Reference, Rng, edit
 
 from .drive import once
@@ -114,22 +114,21 @@ def attention_base_2(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Ten
 
 def worst(candidates: list[Any], expected: Any) -> Any:
     """Of several plain implementations the output that is furthest off, tensor by tensor."""
-    if isinstance(expected, dict):
-        return {key: worst([c[key] for c in candidates], expected[key]) for key in expected}
-    if isinstance(expected, (tuple, list)):
-        return [worst([c[i] for c in candidates], part) for i, part in enumerate(expected)]
-    return max(candidates, key=lambda c: torch.nan_to_num((c.double() - expected).abs(), nan=0.0, posinf=0.0).max())
+    return leafwise(lambda want, *found: max(found, key=lambda one: _distance(one, want)), expected, *candidates)
 
 
 def at_least(plain: Any, expected: Any, errors: Any) -> Any:
     """Plain outputs that are off by no less than `errors`: what rounding every score once brings. Without this floor a
     plain run that happens to be lucky would refuse right answers that are not."""
-    if isinstance(expected, dict):
-        return {key: at_least(plain[key], expected[key], errors[key]) for key in expected}
-    if isinstance(expected, (tuple, list)):
-        return [at_least(*parts) for parts in zip(plain, expected, errors, strict=True)]
-    off = torch.nan_to_num((plain.double() - expected).abs(), nan=0.0, posinf=0.0).max().item()
-    return plain if off >= errors else expected.double() + errors
+    return leafwise(
+        lambda want, found, error: found if _distance(found, want) >= error else want.double() + error,
+        expected, plain, errors,
+    )  # fmt: skip
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    """The largest difference, infinities aside."""
+    return torch.nan_to_num((found.double() - want).abs(), nan=0.0, posinf=0.0).max().item()
 
 
 def score_error(q: Tensor, k: Tensor) -> float:
