@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from effnlp_lab.gpurun.findings import NBVAL_TAG
 from effnlp_lab.gpurun.steps import DIGESTED, Step
 from effnlp_lab.notebook.bench import write_json
 from effnlp_lab.runner import kill_tree
 
 SUFFIXES = (".py", ".ipynb", ".json", ".toml", ".html", ".safetensors", ".txt")
 NOT_DIGESTED = ("__pycache__", ".ipynb_checkpoints")
-NBVAL_TAG = "nbval-check-output"
 
 
 @dataclass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 LAST_LINES = 5
+NBVAL_TAG = "nbval-check-output"
 
 
 @dataclass
@@ -71,6 +73,18 @@ def notebooks(folder: Path, code: int, log: str) -> Found:
     return found
 
 
+def solutions(root: Path) -> Callable[[Path, int, str], Found]:
+    """Reads a run of `effnlp run` on solutions, at whatever size: as `notebooks`, and cells that nbval compares have to
+    give what is stored under `root`."""
+    def read(folder: Path, code: int, log: str) -> Found:
+        found = notebooks(folder, code, log)
+        for name, state, _ in found.ran:
+            found.problems += _changed(folder / name, root / "solutions" / name) if state == "ok" else ()
+        return found
+
+    return read
+
+
 def bench(folder: Path, code: int, log: str) -> Found:
     """A run of one benchmark with `--out`, which wrote NAME.json. Missing peers are told with the figures."""
     if code:
@@ -85,6 +99,23 @@ def bench(folder: Path, code: int, log: str) -> Found:
 
 
 _REFUSED = "Not run, on a run with --device cuda"
+
+
+def _changed(executed: Path, stored: Path) -> Iterator[str]:
+    for path in sorted(stored.glob("*.ipynb")):
+        cells = {cell["id"]: cell for cell in json.loads((executed / path.name).read_text("utf-8"))["cells"]}
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            if NBVAL_TAG in cell["metadata"].get("tags", ()):
+                want, got = _text_of(cell), _text_of(cells[cell["id"]])
+                if want != got:
+                    yield f"{stored.name}: a cell gives {got[-200:]!r}, and {want[-200:]!r} is stored."
+
+
+def _text_of(cell: dict) -> str:
+    """What a cell printed and returned, as text."""
+    texts = [one["text"] if one.get("name") == "stdout" else one.get("data", {}).get("text/plain", "")
+             for one in cell["outputs"]]  # fmt: skip
+    return "".join("".join(text) for text in texts)
 
 
 def _first(text: str) -> str:

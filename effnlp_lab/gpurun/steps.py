@@ -17,7 +17,7 @@ from effnlp_lab.runner import find_notebooks, notebooks_a_card, spread_over, wor
 
 PARTS = {
     "tests": "the tests under tests/gpu",
-    "notebooks": "solutions and labs at full and at fast size, solutions at fast size under nbval, which compares",
+    "notebooks": "solutions and labs at full and at fast size, and the outputs that nbval compares",
     "grading": "the sample class and mutants, graded in the sandbox",
     "bench": "every benchmark, beside its peers",
 }
@@ -89,8 +89,10 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
 
     def run(name: str, *arguments: str) -> Step:
         more = ("--device", "cuda", "--jobs", str(at_once["--fast" in arguments]), "--out", "{folder}")
-        return Step(name, "notebooks", effnlp("run", *arguments, *more), findings.notebooks,
-                    reads=("effnlp_lab", "labs" if "--student" in arguments else "solutions"))  # fmt: skip
+        released = "--student" in arguments
+        return Step(name, "notebooks", effnlp("run", *arguments, *more),
+                    findings.notebooks if released else findings.solutions(root),
+                    reads=("effnlp_lab", "labs" if released else "solutions"))  # fmt: skip
 
     compared = _pytest("tests/notebooks/test_run.py", "-k", "test_solution",
                        *spread_over(min(at_once[True], len(labs))))  # fmt: skip

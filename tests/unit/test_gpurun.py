@@ -246,6 +246,28 @@ def test_dead_kernels_and_failed_notebooks_are_told_apart(tree):
     assert any(problem.startswith("solutions: a kernel died: 02_b") for problem in report["problems"])
 
 
+@pytest.mark.parametrize("tag, printed, problems", [
+    ("nbval-check-output", "2\n", []),
+    ("nbval-check-output", "3\n", ["01_a: a cell gives '3\\n', and '2\\n' is stored."]),
+    ("demo", "3\n", []),
+])  # fmt: skip
+def test_solutions_give_what_is_stored_where_nbval_compares(tree, tmp_path, tag, printed, problems):
+    def notebook(path: Path, text: str, *first) -> None:
+        cell = nbformat.v4.new_code_cell("print(1 + 1)", id="sum", metadata={"tags": [tag]})
+        cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=f"{path}: a warning"),
+                        nbformat.v4.new_output("stream", name="stdout", text=text)]  # fmt: skip
+        path.parent.mkdir(parents=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=[*first, cell]), path)
+
+    notebook(tree / "solutions" / "01_a" / "a.ipynb", "2\n")
+    notebook(tmp_path / "01_a" / "a.ipynb", printed, nbformat.v4.new_code_cell("DEVICE = 'cuda'", id="injected"))
+    outcome = {"notebook": "01_a", "state": "ok", "seconds": 3.0, "message": "", "cell": None, "folder": ""}
+    (tmp_path / "results.json").write_text(json.dumps([outcome]))
+    assert findings.solutions(tree)(tmp_path, 0, "").problems == problems
+    (tmp_path / "results.json").write_text(json.dumps([outcome | {"state": "failed"}]))
+    assert len(findings.solutions(tree)(tmp_path, 1, "").problems) == 1
+
+
 def bench_step(tree: Path, content: dict | None) -> Step:
     wrote = f"open(r'{{folder}}/copy.json', 'w').write({json.dumps(content)!r})" if content else "print('needs cuda')"
     return Step("bench-copy", "bench", python(wrote), findings.bench)
