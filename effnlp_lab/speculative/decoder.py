@@ -46,10 +46,10 @@ class SpeculativeDecoder:
     """`SpeculativeDecoder(target, DraftModel(small), gamma=4).generate([ids], max_new_tokens=64).sequences[0]`.
 
     target: a decoder of transformers, or a CachedModel (on a GPU a PagedCachedModel takes about a third of a static
-    one's time). drafter: a Drafter, a smaller model of transformers, or None
-    for the target alone. gamma: tokens drafted a step, or an AdaptiveGamma. sampling: greedy by default. ends: token
-    ids after which a row is over; None takes the model's own, () none. graphs: CUDA graphs, None where they can be had.
-    Buffers, caches and graphs stay for the next call.
+    one's time). drafter: a Drafter, a smaller model of transformers, or None for the target alone. gamma: tokens
+    drafted a step, or an AdaptiveGamma. sampling: greedy by default. ends: token ids after which a row is over; None
+    takes the model's own, () none. graphs: CUDA graphs, None where they can be had. Buffers, caches and graphs stay for
+    the next call.
     """
 
     def __init__(self, target: PreTrainedModel | CachedModel, drafter: Drafter | PreTrainedModel | None = None, *,

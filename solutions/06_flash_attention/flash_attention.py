@@ -604,9 +604,9 @@ if None not in my_growth.values():
 # - **Grouped heads.** In most models several query heads share a key head (grouped-query attention). Neighbours
 #   share: with 6 query heads and 2 key heads, query heads 0, 1, 2 read key head 0, and 3, 4, 5 read key head 1.
 # - **Precision.** `tl.dot` accumulates in float32. But if its *inputs* are float32, tensor cores round them to TF32,
-#   with 10 bits of fraction, unless you say `input_precision="ieee"`. (`"tf32x3"` makes three products of one and comes close, but not
-#   close enough where scores lie in the hundreds.) A GPU does so, the interpreter by itself does not; the check makes
-#   it, so that you see the same on both.
+#   with 10 bits of fraction, unless you say `input_precision="ieee"`. (`"tf32x3"` makes three products of one and comes
+#   close, but not close enough where scores lie in the hundreds.) A GPU does so, the interpreter by itself does not; the
+#   check makes it, so that you see the same on both.
 #
 # ### Exercise 5: the same as a Triton kernel
 #

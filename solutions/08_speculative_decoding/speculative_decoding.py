@@ -786,9 +786,9 @@ for name, kind in (("reading again", rereading), ("remembering", Remembering)):
 
 # %% [markdown]
 # Does remembering pay? The longer the text, the more. On a CPU it does here already. On a GPU a text as short as this one is
-# read again in about the time of one token, and there is less to gain. (Each way runs once before it is timed. On a recent
-# GPU PyTorch leaves attention to cuDNN, which prepares a plan for every new shape and keeps it, and a cache that grows has a
-# new shape in each pass: the first run would be mostly plans.)
+# read again in about the time of one token, and there is less to gain. (Each way runs once before it is timed. On a
+# recent GPU PyTorch leaves attention to cuDNN, which prepares a plan for every new shape and keeps it, and a cache that
+# grows has a new shape in each pass: the first run would be mostly plans.)
 #
 # ## 6. What it gives
 #
