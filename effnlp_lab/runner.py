@@ -206,6 +206,12 @@ def notebooks_a_card(device: Device) -> int:
     return max(1, device.memory_bytes // each)
 
 
+def named_gpus() -> list[str] | None:
+    """Numbers or UUIDs of the GPUs in CUDA_VISIBLE_DEVICES; None where it is not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if named is None else [one.strip() for one in named.split(",") if one.strip()]
+
+
 def threads_asked_for() -> int | None:
     """The threads that OMP_NUM_THREADS grants a process; None where it says nothing."""
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is one number a level
@@ -564,7 +570,7 @@ def _python_path() -> str:
 
 
 def _visible_gpus() -> list[str]:
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    named = named_gpus()
     if named:
         return named
     import torch

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from effnlp_lab.runner import named_gpus
+
 TICKS = os.sysconf("SC_CLK_TCK")
 GPU_INTERVAL = 0.25
 GPU_BACK = 3.0
@@ -126,17 +128,11 @@ class GpuWatch:
         return found
 
     def _handles(self) -> list:
-        shown = _shown_cards()
+        shown = named_gpus()
         if shown is None:
             return [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
         return [self._nvml.nvmlDeviceGetHandleByIndex(int(one)) if one.isdecimal() else
                 self._nvml.nvmlDeviceGetHandleByUUID(one) for one in shown]  # fmt: skip
-
-
-def _shown_cards() -> list[str] | None:
-    """Numbers or UUIDs of the cards in CUDA_VISIBLE_DEVICES; None where it is not set, and all count."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if named is None else [one.strip() for one in named.split(",") if one.strip()]
 
 
 def _nvml():
@@ -153,7 +149,7 @@ def _smi(query: str) -> list[list[int]]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    shown = _shown_cards()
+    shown = named_gpus()
     chosen = [] if shown is None else ["-i", ",".join(shown)]
     try:
         said = subprocess.run([program, query, "--format=csv,noheader,nounits", *chosen], capture_output=True,
