@@ -12,10 +12,11 @@ from torch import Tensor
 from effnlp_lab.attention import configurations, inputs
 from effnlp_lab.attention.configurations import Tile
 from effnlp_lab.attention.kernels_common import LOG2_E
+from effnlp_lab.early_start import starts_early
 from effnlp_lab.paged import tiles
 from effnlp_lab.paged.cache import check_page_size
 from effnlp_lab.paged.kernels import merge_pages_kernel, paged_kernel, write_kernel
-from effnlp_lab.paged.kernels_layer import gate_kernel, norm_kernel
+from effnlp_lab.paged.kernels_layer import gate_kernel, greedy_kernel, norm_kernel
 
 
 def paged_attention(
@@ -35,6 +36,7 @@ def paged_attention(
     scale: float | None = None,
     splits: int | None = None,
     ragged: bool = False,
+    settled: bool = False,
 ) -> Tensor:
     """Causal attention of the newest queries over pages, like q; see `gathered_attention`, which is its definition.
 
@@ -46,6 +48,7 @@ def paged_attention(
     keys, the queries' own included. Nothing of it is read on the host: `longest`, a bound on the lengths, is taken from
     the block tables' width unless given. Few rows, queries times query heads a key head, are split over the keys in
     `splits` shares, chosen from the number of multiprocessors and `longest`, and for `ragged` lengths in more.
+    settled: what is int32 was not written by the kernel just before, so that it may be read while that one ends.
 
     Raises ValueError or TypeError, with what to do, for tensors that do not fit.
     """
@@ -90,11 +93,12 @@ def paged_attention(
         sinks if window else 0, inputs.check_scale(scale, head_dim) * LOG2_E.value, KV_HEADS=kv_heads, GROUP=group,
         HEAD_DIM=head_dim, PAGE=page_size, BLOCK_D=block_d, BLOCK_M=tile.queries, BLOCK_N=tile.keys, SPLIT=splits > 1,
         WINDOW=window is not None, SINKS=q_sink is not None, PRECISION=configurations.precision_for(q.dtype),
+        SETTLED=settled,
     )  # fmt: skip
     if splits > 1:
         _start(
-            merge_pages_kernel, (total * heads,), Tile(0, 0, 4, 1), out, partial, lse, splits, total * heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits),
+            merge_pages_kernel, (total * heads,), tiles.merging(splits, block_d), out, partial, lse, splits,
+            total * heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits),
         )  # fmt: skip
     return out.view(shape)
 
@@ -104,34 +108,36 @@ def write_pages(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: T
 
     slots [tokens], int32 or int64, is page * page_size + place in the page; tokens with a slot below 0 are left out.
     """
-    _write(None, k, v, k_pages, v_pages, slots, None, None, None, 0, False)
+    _write(None, k, v, k_pages, v_pages, slots, None, None, None, None, False)
 
 
 def rotate_and_write(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, positions: Tensor, cos: Tensor,
-    sin: Tensor, sink_limit: int | None = None,
+    sin: Tensor, sink_limit: int | None = None, settled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Rotate queries and keys to their positions, and write keys and values into pages, in one kernel.
 
     q is [tokens, heads, head_dim], positions [tokens], cos and sin [positions, head_dim / 2]. Returns the rotated
-    queries, and with `sink_limit` those rotated to min(position, sink_limit), for seeing attention sinks.
+    queries, and with `sink_limit` those rotated to min(position, sink_limit), for seeing attention sinks. settled: the
+    slots and positions were not written by the kernel just before.
     """
-    return _write(q, k, v, k_pages, v_pages, slots, positions, cos, sin, sink_limit or 0, sink_limit is not None)
+    return _write(q, k, v, k_pages, v_pages, slots, positions, cos, sin, sink_limit, settled)
 
 
-def _write(q, k, v, k_pages, v_pages, slots, positions, cos, sin, sink_limit, sinks):
+def _write(q, k, v, k_pages, v_pages, slots, positions, cos, sin, sink_limit, settled):
     tokens, kv_heads, head_dim = k.shape
     heads = kv_heads if q is None else q.shape[1]
     q_out = None if q is None else torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
-    q_sink = torch.empty_like(q_out) if sinks else None
+    q_sink = None if sink_limit is None else torch.empty_like(q_out)
     q, k, v = (x if x is None or _rows_whole(x) else x.contiguous() for x in (q, k, v))
     if tokens:
         _start(
             write_kernel, (tokens,), Tile(0, 0, 4, 1), q, k, v, q_out, q_sink, k_pages, v_pages, cos, sin, slots,
-            positions, 0 if q is None else q.stride(0), k.stride(0), v.stride(0), k_pages.stride(0), sink_limit,
+            positions, 0 if q is None else q.stride(0), k.stride(0), v.stride(0), k_pages.stride(0), sink_limit or 0,
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE=k_pages.shape[2],
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_KV=triton.next_power_of_2(kv_heads),
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2), ROTARY=q is not None, SINKS=sinks,
+            BLOCK_HALF=triton.next_power_of_2(head_dim // 2), ROTARY=q is not None, SINKS=q_sink is not None,
+            SETTLED=settled,
         )  # fmt: skip
     return q_out, q_sink
 
@@ -159,12 +165,28 @@ def silu_and_multiply(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+    """The token [rows], int64, with the largest logit of each row of [rows, vocabulary], the first of several.
+
+    It becomes the newest token of the row's slot: newest[slots[i]] is written too.
+    """
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if len(out):
+        _start(
+            greedy_kernel, (len(out),), Tile(0, 0, tiles.GREEDY_WARPS, 1), logits, out, newest, slots, logits.shape[1],
+            logits.stride(0), BLOCK=tiles.GREEDY_BLOCK,
+        )  # fmt: skip
+    return out
+
+
 def _start(kernel: Callable, grid: tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
     """Start a kernel on the device of its tensors."""
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     if device.type != "cuda":
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, EARLY=False)
         return
+    early = starts_early(configurations.architecture(configurations.capability_of(device)))
+    constants |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
     elsewhere = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)

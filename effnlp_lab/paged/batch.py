@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from effnlp_lab.paged.sequence import Sequence
 class Batch:
     """New tokens of `batch` sequences, and where their keys and values lie.
 
-    ids and positions [total] int64; slots [total], the place of each token in the cache (page * page_size + place);
+    ids and positions [total], and slots [total], the place of each token in the cache (page * page_size + place);
     block_tables [any, columns] int32, of which sequence i uses row rows[i]; lengths [batch] int32 counts the tokens of
     a sequence with the new ones, which are starts[i] to starts[i + 1] (int32) of ids. most_queries and longest, known
     on the host, bound the new tokens and the lengths. `uniform`: every sequence has as many new tokens.
@@ -60,17 +60,15 @@ class Batch:
     ) -> Batch:
         """From the positions of each sequence's new tokens, and tables that are on the device: one copy to it."""
         counts = [len(span) for span in spans]
-        numbers = [
-            *ids, *itertools.chain.from_iterable(spans),
-            *itertools.chain.from_iterable([row] * count for row, count in zip(rows, counts, strict=True)),
-            *rows, *(span.stop for span in spans), 0, *itertools.accumulate(counts),
-        ]  # fmt: skip
+        positions = [np.arange(span.start, span.stop) for span in spans]
+        stops = [span.stop for span in spans]
+        numbers = np.concatenate([ids, *positions, np.repeat(rows, counts), rows, stops, [0], np.cumsum(counts)])
         total, batch = len(ids), len(rows)
         sizes = (total, total, total, batch, batch, batch + 1)
         ids, positions, owners, rows, lengths, starts = to_device(numbers, block_tables.device).split(sizes)
         return cls(
             ids, positions, slots_of(block_tables, owners, positions, page_size), block_tables, rows.int(),
-            lengths.int(), starts.int(), max(counts), max(span.stop for span in spans), len(set(counts)) == 1,
+            lengths.int(), starts.int(), max(counts), max(stops), len(set(counts)) == 1,
         )  # fmt: skip
 
     @property
@@ -85,8 +83,7 @@ def slots_of(block_tables: Tensor, rows: Tensor, positions: Tensor, page_size: i
     return pages * page_size + positions % page_size
 
 
-def to_device(numbers: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+def to_device(numbers: Many[int] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Copy numbers to the device without waiting for it: from pinned memory, which torch keeps until it is read."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    numbers = torch.as_tensor(numbers, dtype=dtype)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

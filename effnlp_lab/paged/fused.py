@@ -51,14 +51,14 @@ class FusedOperations(PlainOperations):
     def rotate_and_write(self, q, k, v, pages, batch, angles):
         model = self.model
         return kernels.rotate_and_write(
-            q, k, v, *pages, batch.slots, batch.positions, model.cos, model.sin, self._sink_limit
+            q, k, v, *pages, batch.slots, batch.positions, model.cos, model.sin, self._sink_limit, settled=True
         )
 
     def attend(self, q, q_sink, pages, batch, window):
         return kernels.paged_attention(
             q, *pages, batch.block_tables, batch.lengths, rows=batch.rows, starts=batch.starts,
             most_queries=batch.most_queries, longest=batch.longest, window=window, sinks=self.model.sinks,
-            q_sink=q_sink, ragged=True,
+            q_sink=q_sink, ragged=True, settled=True,
         )  # fmt: skip
 
     def feed_forward(self, mlp: nn.Module, x: Tensor) -> Tensor:
@@ -69,6 +69,9 @@ class FusedOperations(PlainOperations):
         else:
             gate, up = F.linear(x, *self._joint[mlp]).chunk(2, dim=1)
         return mlp.down_proj(kernels.silu_and_multiply(gate, up))
+
+    def greedy(self, logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+        return kernels.greedy(logits, newest, slots)
 
 
 def joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from effnlp_lab.attention.kernels_common import LN_2
+from effnlp_lab.early_start import after_the_kernel_before
 
 # Small tensors begin anywhere in a larger one: a kernel for each alignment of each would be compiled over and over.
 _ANYWHERE = ["tables", "rows", "lengths", "starts", "slots", "positions"]
@@ -25,6 +26,7 @@ def paged_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys of one key head, for one tile of the queries that read it.
 
@@ -32,7 +34,9 @@ def paged_kernel(
     `rows` [batch] names each sequence's row in the block tables; `starts` [batch + 1] its queries; `lengths` [batch]
     counts its keys, and the last query stands beside the last of them. Q and Out are [total, heads, HEAD_DIM]; with
     SPLIT the output goes to Partial [splits, total * heads, HEAD_DIM], in float32, and Lse [splits, total * heads].
+    SETTLED: the lower-case tensors were written before the kernel before this one, and may be read while it ends.
     """
+    after_the_kernel_before(EARLY and not SETTLED)
     tile = tiles - 1 - tl.program_id(0) // splits  # the last queries see the most keys: they begin first
     split = tl.program_id(0) % splits
     kv_head = tl.program_id(1)
@@ -66,12 +70,14 @@ def paged_kernel(
     if SINKS:
         sink_end = tl.where(split == 0, tl.minimum(sinks, end), 0)
     end = tl.minimum(begin + share, end)
+    table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
+    page = _pages_at(table, begin, first, end, PAGE, BLOCK_N)
+    after_the_kernel_before(EARLY and SETTLED)
     if SPLIT:
         if (begin >= end) & (sink_end == 0):  # nothing to see here: only the merge must know
             tl.store(Lse + split.to(tl.int64) * total_rows + place, float("-inf"), mask=exists)
             return
 
-    table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
     K += kv_head * (PAGE * HEAD_DIM)
     V += kv_head * (PAGE * HEAD_DIM)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -80,12 +86,12 @@ def paged_kernel(
     if SINKS:
         q = tl.load(QSink + where, mask=inside, other=0.0)
         acc, total, peak = _attend(
-            acc, total, peak, q, K, V, table, 0, sink_end, 0, position, window, page_stride, qk_scale,
-            HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, False, PRECISION,
+            acc, total, peak, q, K, V, table, _pages_at(table, 0, 0, sink_end, PAGE, BLOCK_N), 0, sink_end, 0, position,
+            window, page_stride, qk_scale, HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
     q = tl.load(Q + where, mask=inside, other=0.0)
     acc, total, peak = _attend(
-        acc, total, peak, q, K, V, table, begin, end, first, position, window, page_stride, qk_scale,
+        acc, total, peak, q, K, V, table, page, begin, end, first, position, window, page_stride, qk_scale,
         HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, WINDOW, PRECISION,
     )  # fmt: skip
 
@@ -102,18 +108,25 @@ def paged_kernel(
 
 
 @triton.jit
+def _pages_at(table, begin, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of the tile of keys that starts at `begin`."""
+    key = begin + tl.arange(0, BLOCK_N)
+    return tl.load(table + key // PAGE, mask=_between(key, first, end), other=0)
+
+
+@triton.jit
 def _attend(
-    acc, total, peak, q, K, V, table, begin, end, first, position, window, page_stride, qk_scale,
+    acc, total, peak, q, K, V, table, page, begin, end, first, position, window, page_stride, qk_scale,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys begin..end of one key head, those before `first` left out, with the online softmax.
 
-    The pages of the next tile are looked up one tile ahead, so that the copies of its keys need not wait for them.
+    `page` are the pages of the first tile. Those of the next one are always looked up one tile ahead, so that the
+    copies of its keys need not wait for them.
     """
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
-    page = tl.load(table + (begin + offsets) // PAGE, mask=_between(begin + offsets, first, end), other=0)
     for start in range(begin, end, BLOCK_N):
         key = start + offsets
         held = _between(key, first, end)
@@ -122,7 +135,7 @@ def _attend(
         if BLOCK_D != HEAD_DIM:
             inside = inside & (columns < HEAD_DIM)[None, :]
         k = tl.load(K + where[:, None] + columns[None, :], mask=inside, other=0.0)
-        page = tl.load(table + (key + BLOCK_N) // PAGE, mask=_between(key + BLOCK_N, first, end), other=0)
+        page = _pages_at(table, start + BLOCK_N, first, end, PAGE, BLOCK_N)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         keep = held[None, :] & (key[None, :] <= position[:, None])
         if WINDOW:
@@ -146,8 +159,9 @@ def _between(key, first, end):
 
 @triton.jit(do_not_specialize=["splits", "total_rows"])
 def merge_pages_kernel(
-    Out, Partial, Lse, splits, total_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
-):
+    Out, Partial, Lse, splits, total_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """Output of one row from its partial ones: sum of e^(lse_i - lse) out_i, always in the same order. Grid: rows.
 
     An empty share has lse -inf, and its partial output was never written: it is not read.
@@ -156,6 +170,7 @@ def merge_pages_kernel(
     split = tl.arange(0, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
     at = split.to(tl.int64) * total_rows + row
+    after_the_kernel_before(EARLY)
     lse = tl.load(Lse + at, mask=split < splits, other=float("-inf"))
     peak = tl.max(lse, 0)
     share = tl.exp(lse - tl.where(peak > float("-inf"), peak, 0.0))
@@ -172,7 +187,7 @@ def write_kernel(
     slots, positions, q_stride, k_stride, v_stride, page_stride, sink_limit,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    ROTARY: tl.constexpr, SINKS: tl.constexpr,
+    ROTARY: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Write the key and value of one token into its page; with ROTARY rotate key and queries first. Grid: tokens.
 
@@ -180,18 +195,21 @@ def write_kernel(
     [positions, HEAD_DIM / 2]. With SINKS the queries are also rotated to where they stand in a rolling cache: at their
     position, but never beyond `sink_limit`.
     """
+    after_the_kernel_before(EARLY and not SETTLED)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, BLOCK_HALF)
     slot = tl.load(slots + token)
     head = tl.arange(0, BLOCK_KV)
     inside = (head < KV_HEADS)[:, None] & (half < HEAD_DIM // 2)[None, :]
     low = head[:, None] * HEAD_DIM + half[None, :]
+    if ROTARY:
+        position = tl.load(positions + token)
+    after_the_kernel_before(EARLY and SETTLED)
     k_low = tl.load(K + token * k_stride + low, mask=inside, other=0.0)
     k_high = tl.load(K + token * k_stride + low + HEAD_DIM // 2, mask=inside, other=0.0)
     v_low = tl.load(V + token * v_stride + low, mask=inside, other=0.0)
     v_high = tl.load(V + token * v_stride + low + HEAD_DIM // 2, mask=inside, other=0.0)
     if ROTARY:
-        position = tl.load(positions + token)
         cos, sin = _angles(Cos, Sin, position, half, HEAD_DIM)
         k_low, k_high = _rotate(k_low, k_high, cos, sin)
         heads = tl.arange(0, BLOCK_H)

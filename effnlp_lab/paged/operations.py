@@ -40,6 +40,9 @@ class Operations(Protocol):
     def feed_forward(self, mlp: nn.Module, x: Tensor) -> Tensor:
         """The layer's feed-forward block."""
 
+    def greedy(self, logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+        """The most likely token of each row, int64, the first where several are; also into newest[slots]."""
+
 
 class PlainOperations:
     """For any device and dtype. The results are those of the model's own modules, to the last bit but for attention."""
@@ -80,6 +83,9 @@ class PlainOperations:
 
     def feed_forward(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)
+
+    def greedy(self, logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+        return newest.index_copy_(0, slots.long(), logits.argmax(-1))[slots]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,12 +116,13 @@ def check_prompt(prompt: Any, vocabulary: int, tokenizer: Any = None) -> list[in
     prompt = list(prompt)
     if not prompt:
         raise RequestError("The prompt is empty: give at least one token, such as the beginning-of-sequence token.")
-    for x in prompt:
-        if isinstance(x, bool) or not hasattr(x, "__index__"):
-            raise RequestError(f"The prompt holds {x!r}, which is no token id: give whole numbers.")
-    ids = [x.__index__() for x in prompt]
-    outside = next((x for x in ids if not 0 <= x < vocabulary), None)
-    if outside is not None:
+    wrong = [kind for kind in set(map(type, prompt)) if kind is bool or not hasattr(kind, "__index__")]
+    if wrong:
+        x = next(x for x in prompt if type(x) in wrong)
+        raise RequestError(f"The prompt holds {x!r}, which is no token id: give whole numbers.")
+    ids = list(map(operator.index, prompt))
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        outside = next(x for x in ids if not 0 <= x < vocabulary)
         raise RequestError(f"The prompt holds token {outside}: ids of this model go from 0 to {vocabulary - 1}.")
     return ids
 

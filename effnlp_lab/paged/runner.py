@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from effnlp_lab.paged.batch import Batch, slots_of, to_device
+from effnlp_lab.paged.batch import Batch, to_device
 from effnlp_lab.paged.cache import PagedCache
 from effnlp_lab.paged.graphs import CapturedStep, batch_sizes
 from effnlp_lab.paged.model import PagedModel
@@ -23,6 +24,8 @@ from effnlp_lab.paged.sequence import NO_PAGE
 from effnlp_lab.paged.sizes import pages_for
 
 MODES = ("greedy", "sampled", "filtered")
+INPUTS = 4
+"""What a decoding step is told of each row: slot, position, place in the cache, length."""
 WARM_UP_TOKENS = (1, 2, 4, 8, 16, 64, 256)
 
 
@@ -58,6 +61,7 @@ class Runner:
         self.newest = torch.zeros(slots, dtype=torch.int64, device=device)
         self.sampling = torch.tensor([[0.0, 0.0, 1.0, 0.0]] * slots, dtype=torch.float64, device=device)
         self.sizes = batch_sizes(max_batch)
+        self._padding = np.array([[max_batch], [0], [(cache.pages - 1) * cache.page_size], [1]], np.int32)
         self._starts = torch.arange(slots, dtype=torch.int32, device=device)
         self._captured: dict[tuple[int, str], tuple[Tensor, CapturedStep]] = {}
         self._pool: tuple[int, int] | None = None
@@ -88,18 +92,28 @@ class Runner:
 
     @torch.no_grad()
     def decode(self, requests: Sequence[Request]) -> Flight:
-        """One more token for each request."""
+        """One more token for each request.
+
+        The longest come first: a kernel starts its rows in order, and the longest must not come last, alone.
+        """
+        requests = sorted(requests, key=lambda request: -request.computed)
         self._upload(requests)
-        mode, positions = _mode(requests), [request.computed - 1 for request in requests]
-        slots = [request.slot for request in requests]
+        mode, page_size = _mode(requests), self.cache.page_size
+        size = next(n for n in self.sizes if n >= len(requests)) if self.cuda_graphs else len(requests)
+        rows = np.empty((INPUTS, size), np.int32)
+        rows[:] = self._padding
+        slots, positions, places, lengths = rows[:, : len(requests)]
+        slots[:] = [request.slot for request in requests]
+        lengths[:] = [request.computed for request in requests]
+        positions[:] = lengths - 1
+        last = [request.sequence.pages[(request.computed - 1) // page_size] for request in requests]
+        places[:] = np.array(last, np.int32) * page_size + positions % page_size
+        numbers = torch.from_numpy(rows)
         if not self.cuda_graphs:
-            inputs = to_device([*slots, *positions], self.model.device).view(2, -1)
-            return self._send(requests, self._decode(inputs, mode, max(positions) + 1))
-        size = next(n for n in self.sizes if n >= len(requests))
-        padding = size - len(requests)
-        numbers = [*slots, *[self.max_batch] * padding, *positions, *[0] * padding]
+            tokens = self._decode(numbers.to(self.model.device), mode, requests[0].computed)
+            return self._send(requests, tokens)
         inputs, step = self._step(size, mode)
-        inputs.copy_(torch.tensor(numbers, pin_memory=True).view(2, size), non_blocking=True)
+        inputs.copy_(numbers.pin_memory(), non_blocking=True)
         return self._send(requests, step.replay())
 
     def warm_up(self, modes: Sequence[str] = ("greedy",)) -> None:
@@ -113,9 +127,9 @@ class Runner:
                 self._step(size, mode)
 
     def _step(self, size: int, mode: str) -> tuple[Tensor, CapturedStep]:
-        """The inputs [2, size] (slots, positions) and the recorded step for them."""
+        """The inputs [INPUTS, size] and the recorded step for them."""
         if (size, mode) not in self._captured:
-            inputs = torch.tensor([[self.max_batch] * size, [0] * size], device=self.model.device)
+            inputs = torch.from_numpy(self._padding).to(self.model.device).repeat(1, size)
             step = CapturedStep(lambda: self._decode(inputs, mode, self.max_length), self._pool)
             self._pool = step.graph.pool()
             self._captured[size, mode] = inputs, step
@@ -123,23 +137,23 @@ class Runner:
 
     @torch.no_grad()
     def _decode(self, inputs: Tensor, mode: str, longest: int) -> Tensor:
-        slots, positions = inputs
-        places = slots_of(self.block_tables, slots, positions, self.cache.page_size)
+        """inputs int32 [INPUTS, rows]: slots, positions of the newest tokens, their places in the cache, lengths."""
+        slots, positions, places, lengths = inputs
         batch = Batch(
-            self.newest[slots], positions, places, self.block_tables, slots.int(), (positions + 1).int(),
-            self._starts[: len(slots) + 1], most_queries=1, longest=longest, uniform=True,
+            self.newest[slots], positions, places, self.block_tables, slots, lengths, self._starts[: len(slots) + 1],
+            most_queries=1, longest=longest, uniform=True,
         )  # fmt: skip
         return self._choose(self.model.logits(self.model.forward(batch, self.cache)), slots, positions, mode)
 
     def _choose(self, logits: Tensor, slots: Tensor, positions: Tensor, mode: str) -> Tensor:
         """The next token of each slot, int64; it becomes the slot's newest."""
         if mode == "greedy":
-            tokens = logits.argmax(-1)
-        else:
-            temperature, top_k, top_p, seed = self.sampling[slots].unbind(1)
-            filters = (top_k.long(), top_p.float()) if mode == "filtered" else ()
-            tokens = sample(probabilities(logits, temperature.float(), *filters), uniforms(seed.long(), positions))
-        self.newest.index_copy_(0, slots, tokens)
+            return self.model.operations.greedy(logits, self.newest, slots)
+        temperature, top_k, top_p, seed = self.sampling[slots].unbind(1)
+        filters = (top_k.long(), top_p.float()) if mode == "filtered" else ()
+        chances = probabilities(logits, temperature.float(), *filters)
+        tokens = sample(chances, uniforms(seed.long(), positions.long()))
+        self.newest.index_copy_(0, slots.long(), tokens)
         return tokens
 
     def _upload(self, requests: Sequence[Request]) -> None:

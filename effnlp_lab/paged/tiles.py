@@ -7,20 +7,26 @@ programs on a multiprocessor. Reading a prompt waits for the tensor cores: large
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import torch
+import triton
 
 from effnlp_lab.attention.configurations import INTERPRETED, Tile, architecture, capability_of
 
 PROGRAMS_PER_SM = 2
 """Decoding programs that run side by side on a multiprocessor; their shared memory must allow it."""
 MAX_SPLITS = 128
-RAGGED_WAVES = 8
-"""Waves of programs that sequences of different lengths are cut into, so that the longest does not come last alone."""
+FULL_WAVES = 3
+"""Programs that do not all run at once come in at least so many waves: of two, the second waits for stragglers."""
+RAGGED_WAVES = 4
+"""Waves of programs that sequences of different lengths, the longest first, are cut into: enough to even them out."""
 PROMPT_SPLITS = 8
 NORM_WARPS = 8
 GATE_BLOCK = 1024
+ONE_WARP = 1024
+GREEDY_BLOCK, GREEDY_WARPS = 8192, 8
 
 # (architecture, bytes a number, columns of a tile) -> (decoding, reading a prompt). `queries` is the most rows that one
 # program takes; decoding takes as few as it needs, 16 at least.
@@ -81,8 +87,8 @@ def choose_splits(
 
     longest: the most keys of a sequence. A card works in waves of as many programs as fit, and a last wave of a few
     takes as long as a full one: with equal lengths take the fewest shares that keep the waves nearly as full as any
-    number could. Ragged lengths have no such last wave: take enough shares for several waves. A prompt has many rows,
-    whose partial outputs cost much: take shares only while the card is not full.
+    number could, and rather one wave or several than two. Ragged lengths have no such last wave: take enough shares for
+    several waves. A prompt has many rows, whose partial outputs cost much: take shares only while the card is not full.
     """
     most = max(1, min(MAX_SPLITS, -(-longest // block)))
     if device.type != "cuda":
@@ -91,6 +97,13 @@ def choose_splits(
     if kind == "prompt":
         return min(most, PROMPT_SPLITS, max(1, wave // programs))
     if kind == "ragged":
-        return min(most, max(1, -(-RAGGED_WAVES * wave // programs)))
-    full = [programs * n / (wave * -(-programs * n // wave)) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(full, start=1) if share >= 0.9 * max(full))
+        return min(most, max(1, round(RAGGED_WAVES * wave / programs)))
+    waves = {n: programs * n / wave for n in range(1, most + 1)}
+    waves = {n: count for n, count in waves.items() if not 1 < count < FULL_WAVES} or waves
+    full = {n: count / math.ceil(count) for n, count in waves.items()}
+    return next(n for n, share in full.items() if share >= 0.9 * max(full.values()))
+
+
+def merging(splits: int, block_d: int) -> Tile:
+    """How a row's partial outputs are merged: a few numbers, for which one warp is enough."""
+    return Tile(0, 0, 1 if triton.next_power_of_2(splits) * block_d <= ONE_WARP else 4, 1)

@@ -5,9 +5,8 @@ X wastes little. A tile of words is read once; each shift of it is a tile of cod
 without a conversion instruction: a code in the low bits of 2^23's mantissa is the float 2^23 + code, and subtracting
 2^23 + zero leaves code - zero, a small whole number that 16 bits hold exactly. The scale multiplies sums, not weights.
 
-On sm_90 a product may start while the kernel before it ends (programmatic dependent launch): it reads its first words
-of weights, which no kernel of a model writes, and then waits before it reads its input or writes anything. A product of
-one row takes some microseconds, and a good part of them would be the start and the end of a kernel.
+On sm_90 a product may start while the kernel before it ends (early_start.py): what it does before it waits is to read
+its first words of weights, which no kernel of a model writes.
 
 Few tiles would leave most of the card idle: the sum over columns is split among programs, which write their parts down;
 the last one to finish a tile adds the parts in their order, so that the result is the same at every run.
@@ -17,21 +16,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from effnlp_lab.early_start import after_the_kernel_before
 
 
 @triton.jit
 def centred(codes, zero):
     """code - zero as float32, for codes of at most 23 bits in int32 [N, K] and zero as float32 [N]."""
     return (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)[:, None]
-
-
-@triton.jit
-def after_the_kernel_before(EARLY: tl.constexpr):
-    """Wait for the end of the kernel before this one, if this one may start early; and let the next one start."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from effnlp_lab.early_start import starts_early
 from effnlp_lab.quantization.kernel_product import dequantize_kernel, product_kernel, row_kernel
 from effnlp_lab.quantization.packing import PLANES, PackedWeight
 
@@ -51,11 +52,6 @@ def tile_for(inputs: int, run: int, itemsize: int, arch: int, bits: int = 4) -> 
     if width == 64 and inputs <= 64:
         return Tile(64, 64, 4, 2, 2)
     return Tile(64, width, 4, 2 if bits == 2 else 3)
-
-
-def starts_early(arch: int) -> bool:
-    """Whether the card lets a kernel start before the one before it has ended."""
-    return arch >= 90
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, split: int | None = None) -> Tensor:

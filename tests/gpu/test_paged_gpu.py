@@ -189,6 +189,12 @@ def test_rotation_and_writing(dtype):
     ours = kernels.silu_and_multiply(gate, up)
     assert excess(ours, [F.silu(gate) * up], F.silu(gate.double()) * up.double()) <= 1
 
+    logits = torch.randn(70, 128256, device="cuda").to(DTYPES[dtype])
+    newest, slots = torch.full((100,), -1, device="cuda"), torch.randperm(100, device="cuda")[:70].int()
+    likeliest = logits.float().argmax(-1)
+    assert torch.equal(kernels.greedy(logits, newest, slots), likeliest) and torch.equal(newest[slots], likeliest)
+    assert (newest == -1).sum() == 30
+
 
 # The engine.
 

@@ -20,7 +20,7 @@ ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
 NF4 = {"nf4 dequantize": (0,), "nf4 row": (1,), "nf4 product": (16, 32, 64), "nf4 sum": (0,)}  # rows, as "head_dim"
 GPTQ_KERNELS = {"int4 product": (1, 16, 64), "int3 product": (1, 16), "int3 dequantize": (0,), "gptq columns": (0,)}
 PAGED = {"paged decode": (64, 128), "paged decode rows": (256,), "paged prompt": (64, 128)}
-PAGED_ONCE = ("paged sinks", "paged merge", "paged write", "rms norm", "silu gate")
+PAGED_ONCE = ("paged sinks", "paged merge", "paged write", "rms norm", "silu gate", "greedy token")
 LOSS_ROWS = ("loss rows none", "loss rows forward_kl", "loss rows reverse_kl", "loss rows jsd", "loss multiply")
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +58,8 @@ def test_every_kernel_compiles_and_fits(arch):
     assert not broken, broken[0]
     too_big = [r for r in records if r["shared"] > SHARED_MEMORY[arch]]
     assert not too_big, too_big
+    early = [r for r in records if r["kernel"] in (*PAGED, *PAGED_ONCE, "int4 product", "int3 product")]
+    assert early and all(r["waits"] == (arch >= 90) for r in early)  # for the kernel before: early_start.py
 
 
 def test_what_does_not_fit_is_seen():
@@ -95,11 +97,12 @@ def report(arch: int, kernel: str, dtype: str, head_dim: int, tile=None, **flags
         "head_dim": head_dim,
         "shared": 0,
         "registers": 0,
+        "waits": False,
         "error": None,
     } | flags
     try:
         compiled = compile_kernel(arch, kernel, dtype, head_dim, tile, flags)
-        record["shared"] = compiled.metadata.shared
+        record["shared"], record["waits"] = compiled.metadata.shared, "griddepcontrol.wait" in compiled.asm["ptx"]
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"
     print(json.dumps(record), flush=True)
@@ -265,6 +268,7 @@ def compile_nf4(arch: int, kernel: str, dtype: str, rows: int):
 def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
     """32 query heads on 8, pages of 16: decoding with 4 rows a key head and with as many as it takes, split."""
     from effnlp_lab.attention.configurations import Tile
+    from effnlp_lab.early_start import starts_early
     from effnlp_lab.paged import kernels, kernels_layer, tiles
 
     decode, prompt = tiles.table()[arch, 4 if dtype == "fp32" else 2, head_dim]
@@ -278,7 +282,7 @@ def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
     }  # fmt: skip
     function = kernels.paged_kernel
     if kernel == "paged merge":
-        function, tile = kernels.merge_pages_kernel, Tile(0, 0, 4, 1)
+        function, tile = kernels.merge_pages_kernel, tiles.merging(tiles.MAX_SPLITS, head_dim)
         constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": tiles.MAX_SPLITS}
     elif kernel == "paged write":
         function, tile = kernels.write_kernel, Tile(0, 0, 4, 1)
@@ -289,10 +293,17 @@ def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
         constants = {"BLOCK": 4096, "ADD": True}
     elif kernel == "silu gate":
         function, tile, constants = kernels_layer.gate_kernel, Tile(0, 0, 4, 1), {"BLOCK": tiles.GATE_BLOCK}
+    elif kernel == "greedy token":
+        function, tile = kernels_layer.greedy_kernel, Tile(0, 0, tiles.GREEDY_WARPS, 1)
+        constants = {"BLOCK": tiles.GREEDY_BLOCK}
     if not sinks and function is kernels.paged_kernel:
         constants["QSink"] = None
+    constants["EARLY"] = starts_early(arch)
+    if function in (kernels.paged_kernel, kernels.write_kernel):
+        constants["SETTLED"] = True
     types = dict.fromkeys(("Partial", "Lse"), "*fp32") | dict.fromkeys(("tables", "rows", "lengths", "starts"), "*i32")
-    types |= {"slots": "*i64", "positions": "*i64", "qk_scale": "fp32", "eps": "fp32"}
+    types |= {"Out": "*i64", "Newest": "*i64"} if kernel == "greedy token" else {}
+    types |= {"slots": "*i32", "positions": "*i32", "qk_scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     names = function.arg_names
     signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}

@@ -214,6 +214,18 @@ def test_normalisation_and_activation_are_the_modules(columns):
     torch.testing.assert_close(kernels.silu_and_multiply(gate, up), F.silu(gate) * up)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_greedy_token_is_the_first_of_the_largest_and_the_slots_newest(dtype):
+    logits = draw(5, 20000, dtype=torch.float32, seed=3).to(dtype)
+    logits[2] = logits[2].round()  # many are the largest
+    logits[3], logits[4, :-1] = float("-inf"), -1e30
+    newest, slots = torch.full((9,), -1), torch.tensor([3, 1, 8, 4, 0], dtype=torch.int32)
+    assert torch.equal(kernels.greedy(logits, newest, slots), logits.argmax(-1))
+    assert torch.equal(newest[slots.long()], logits.argmax(-1)) and (newest == -1).sum() == 4
+    part = logits[:, 100:170]
+    assert torch.equal(kernels.greedy(part, newest, slots), part.argmax(-1))
+
+
 def test_splits_fill_the_card_and_stay_within_bounds(monkeypatch):
     from types import SimpleNamespace
 
@@ -226,4 +238,9 @@ def test_splits_fill_the_card_and_stay_within_bounds(monkeypatch):
             assert 1 <= splits <= min(tiles.MAX_SPLITS, -(-longest // 64))
     assert choose(8, 32768, 64, cuda, "prompt") == 8 and choose(300, 32768, 64, cuda, "prompt") == 1
     assert choose(8, 32768, 64, cuda) * 8 > 0.89 * slots and choose(1024, 4096, 64, cuda) == 1
-    assert choose(64, 4096, 64, cuda, "ragged") * 64 >= tiles.RAGGED_WAVES * slots
+    for programs in (16, 64, 256):  # as near to the wanted waves as whole shares come
+        assert abs(choose(programs, 8192, 64, cuda, "ragged") * programs - tiles.RAGGED_WAVES * slots) <= programs / 2
+    assert choose(2048, 4096, 64, cuda, "ragged") == 1  # eight waves as they are
+    assert choose(256, 4096, 64, cuda) == 1 and choose(512, 4096, 64, cuda) == 2  # one wave, four instead of two
+    assert choose(400, 64, 64, cuda) == 1  # a single tile of keys cannot be shared out
+    assert tiles.merging(2, 64).warps == 1 and tiles.merging(128, 128).warps == 4

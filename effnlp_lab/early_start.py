@@ -1,0 +1,25 @@
+"""Programmatic dependent launch: on sm_90 a kernel may start while the kernel before it ends.
+
+A kernel of some microseconds spends a good part of them on its start and its end. One that may start early does what
+depends on nothing, waits for the kernel before it, and only then reads what that one wrote, or writes anything.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton import language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def starts_early(arch: int) -> bool:
+    """Whether cards of an architecture (90 for compute capability 9.0) let a kernel start early, which Triton does
+    where it is started with `launch_pdl=True`."""
+    return arch >= 90
+
+
+@triton.jit
+def after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before this one, if this one may start early; and let the next one start."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
