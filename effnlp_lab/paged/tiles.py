@@ -20,6 +20,8 @@ PROGRAMS_PER_SM = 2
 MAX_SPLITS = 128
 FULL_WAVES = 3
 """Programs that do not all run at once come in at least so many waves: of two, the second waits for stragglers."""
+SHORT_SHARE = 1024
+"""But not by shares of fewer keys than this, whose partial outputs cost more than the waiting."""
 RAGGED_WAVES = 4
 """Waves of programs that sequences of different lengths, the longest first, are cut into: enough to even them out."""
 PROMPT_SPLITS = 8
@@ -99,7 +101,8 @@ def choose_splits(
     if kind == "ragged":
         return min(most, max(1, round(RAGGED_WAVES * wave / programs)))
     waves = {n: programs * n / wave for n in range(1, most + 1)}
-    waves = {n: count for n, count in waves.items() if not 1 < count < FULL_WAVES} or waves
+    even = {n: count for n, count in waves.items() if count <= 1 or count >= FULL_WAVES and longest >= n * SHORT_SHARE}
+    waves = even or waves
     full = {n: count / math.ceil(count) for n, count in waves.items()}
     return next(n for n, share in full.items() if share >= 0.9 * max(full.values()))
 

@@ -242,5 +242,6 @@ def test_splits_fill_the_card_and_stay_within_bounds(monkeypatch):
         assert abs(choose(programs, 8192, 64, cuda, "ragged") * programs - tiles.RAGGED_WAVES * slots) <= programs / 2
     assert choose(2048, 4096, 64, cuda, "ragged") == 1  # eight waves as they are
     assert choose(256, 4096, 64, cuda) == 1 and choose(512, 4096, 64, cuda) == 2  # one wave, four instead of two
+    assert choose(512, 1024, 64, cuda) == 1 and choose(128, 1024, 64, cuda) == 2  # too short; one wave of short ones
     assert choose(400, 64, 64, cuda) == 1  # a single tile of keys cannot be shared out
     assert tiles.merging(2, 64).warps == 1 and tiles.merging(128, 128).warps == 4
