@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from effnlp_lab.doctor import chromium_path
 
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]},
          "resultTypes": ["violations"]}  # fmt: skip
+LAID_OUT_SECONDS = 20.0
+"""How long a page may take to lay itself out anew, after a change of theme on a busy machine for example."""
 NO_CHROMIUM = "NOT RUN: there is no Chromium here to open pages in (apt-get install chromium; see `effnlp doctor`)"
 
 
@@ -36,9 +39,14 @@ def barriers(page: Any, inside: Sequence[str] = (), outside: Sequence[str] = ())
 
     context = {"include": [[one] for one in inside]} if inside else {}
     context |= {"exclude": [[one] for one in outside]} if outside else {}
-    found = Axe().run(page, context or None, RULES).response
-    seen = {rule["id"] for outcome in ("passes", "violations", "incomplete") for rule in found[outcome]}
-    assert "color-contrast" in seen, "axe-core saw no text: where an ancestor has no height, all in it counts as hidden"
+    until = time.monotonic() + LAID_OUT_SECONDS
+    while True:
+        found = Axe().run(page, context or None, RULES).response
+        seen = {rule["id"] for outcome in ("passes", "violations", "incomplete") for rule in found[outcome]}
+        if "color-contrast" in seen:
+            break
+        assert time.monotonic() < until, "axe-core saw no text: where an ancestor has no height, all counts as hidden"
+        time.sleep(0.5)
     return [f"{rule['id']} ({rule['help']}): {node['html'][:200]}" for rule in found["violations"]
             for node in rule["nodes"]]  # fmt: skip
 

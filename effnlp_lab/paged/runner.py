@@ -108,12 +108,11 @@ class Runner:
         positions[:] = lengths - 1
         last = [request.sequence.pages[(request.computed - 1) // page_size] for request in requests]
         places[:] = np.array(last, np.int32) * page_size + positions % page_size
-        numbers = torch.from_numpy(rows)
         if not self.cuda_graphs:
-            tokens = self._decode(numbers.to(self.model.device), mode, requests[0].computed)
-            return self._send(requests, tokens)
+            inputs = to_device(rows, self.model.device, torch.int32)
+            return self._send(requests, self._decode(inputs, mode, requests[0].computed))
         inputs, step = self._step(size, mode)
-        inputs.copy_(numbers.pin_memory(), non_blocking=True)
+        inputs.copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
         return self._send(requests, step.replay())
 
     def warm_up(self, modes: Sequence[str] = ("greedy",)) -> None:

@@ -130,6 +130,7 @@ class Notebook:
     def turn_dark(self) -> None:
         self.page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         self.page.locator('body[data-jp-theme-light="false"]').wait_for(state="attached")
+        self.page.locator("#jupyterlab-splash").wait_for(state="detached")  # it lies over all until the theme is there
 
     def _wait(self, name: str, before: str = "") -> None:
         until = time.monotonic() + SECONDS
