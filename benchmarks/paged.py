@@ -6,8 +6,9 @@ larger than L2. The engine serves requests of mixed length on a model of Llama-1
 padded `generate`; figures are seconds for all requests, and notes give tokens a second.
 
 Sizes by environment: EFFNLP_PAGED_PARTS (decode,engine,single), EFFNLP_PAGED_BATCHES, EFFNLP_PAGED_LENGTHS,
-EFFNLP_PAGED_REQUESTS, EFFNLP_PAGED_SHORTEST, EFFNLP_PAGED_LONGEST, EFFNLP_PAGED_REPEATS, EFFNLP_PAGED_CHUNK (prompt
-tokens a step of ours), EFFNLP_PAGED_PADDED (requests a padded batch holds, 0 to leave padded generate out).
+EFFNLP_PAGED_REQUESTS, EFFNLP_PAGED_SHORTEST, EFFNLP_PAGED_LONGEST, EFFNLP_PAGED_REPEATS (padded generate runs once),
+EFFNLP_PAGED_CHUNK (prompt tokens a step of ours), EFFNLP_PAGED_PADDED (requests a padded batch holds, 0 to leave padded
+generate out).
 """
 
 from __future__ import annotations

@@ -12,9 +12,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def starts_early(arch: int) -> bool:
-    """Whether cards of an architecture (90 for compute capability 9.0) let a kernel start early, which Triton does
-    where it is started with `launch_pdl=True`."""
+    """Whether cards of an architecture (90 for compute capability 9.0) let a kernel start early."""
     return arch >= 90
+
+
+def early_options(arch: int) -> dict[str, bool]:
+    """What a kernel with EARLY among its constants is started with."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(arch) else {"EARLY": False}
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from effnlp_lab.attention import configurations, inputs
 from effnlp_lab.attention.configurations import Tile
 from effnlp_lab.attention.kernels_common import LOG2_E
-from effnlp_lab.early_start import starts_early
+from effnlp_lab.early_start import early_options
 from effnlp_lab.paged import tiles
 from effnlp_lab.paged.cache import check_page_size
 from effnlp_lab.paged.kernels import merge_pages_kernel, paged_kernel, write_kernel
@@ -185,8 +185,7 @@ def _start(kernel: Callable, grid: tuple[int, ...], tile: Tile, *arguments, **co
     if device.type != "cuda":
         kernel[grid](*arguments, **constants, EARLY=False)
         return
-    early = starts_early(configurations.architecture(configurations.capability_of(device)))
-    constants |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
+    constants |= early_options(configurations.architecture(configurations.capability_of(device)))
     elsewhere = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)

@@ -193,7 +193,7 @@ def write_kernel(
 
     `slots` [tokens] is page * PAGE + place in the page, below 0 for a token to leave out. Cos and Sin are
     [positions, HEAD_DIM / 2]. With SINKS the queries are also rotated to where they stand in a rolling cache: at their
-    position, but never beyond `sink_limit`.
+    position, but never beyond `sink_limit`. SETTLED: as in `paged_kernel`.
     """
     after_the_kernel_before(EARLY and not SETTLED)
     token = tl.program_id(0).to(tl.int64)

@@ -13,7 +13,10 @@ from effnlp_lab.early_start import after_the_kernel_before
 def norm_kernel(
     X, Residual, Weight, Out, columns, eps, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr
 ):
-    """RMSNorm of a row (Zhang & Sennrich 2019); with ADD of X + Residual, and the sum goes to Residual. Grid: rows."""
+    """RMSNorm of a row (Zhang & Sennrich 2019); with ADD of X + Residual, and the sum goes to Residual. Grid: rows.
+
+    Weight, which no kernel of a model writes, is read while the kernel before this one ends.
+    """
     row = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
     inside = column < columns

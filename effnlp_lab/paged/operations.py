@@ -85,7 +85,9 @@ class PlainOperations:
         return mlp(x)
 
     def greedy(self, logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
-        return newest.index_copy_(0, slots.long(), logits.argmax(-1))[slots]
+        tokens = logits.argmax(-1)
+        newest.index_copy_(0, slots.long(), tokens)
+        return tokens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Runner:
 
         The longest come first: a kernel starts its rows in order, and the longest must not come last, alone.
         """
-        requests = sorted(requests, key=lambda request: -request.computed)
+        requests = sorted(requests, key=lambda request: request.computed, reverse=True)
         self._upload(requests)
         mode, page_size = _mode(requests), self.cache.page_size
         size = next(n for n in self.sizes if n >= len(requests)) if self.cuda_graphs else len(requests)

@@ -89,8 +89,9 @@ def choose_splits(
 
     longest: the most keys of a sequence. A card works in waves of as many programs as fit, and a last wave of a few
     takes as long as a full one: with equal lengths take the fewest shares that keep the waves nearly as full as any
-    number could, and rather one wave or several than two. Ragged lengths have no such last wave: take enough shares for
-    several waves. A prompt has many rows, whose partial outputs cost much: take shares only while the card is not full.
+    number could, and rather one wave or several than two, where that makes no short shares. Ragged lengths have no such
+    last wave: take enough shares for several waves. A prompt has many rows, whose partial outputs cost much: take
+    shares only while the card is not full.
     """
     most = max(1, min(MAX_SPLITS, -(-longest // block)))
     if device.type != "cuda":
@@ -102,8 +103,7 @@ def choose_splits(
         return min(most, max(1, round(RAGGED_WAVES * wave / programs)))
     waves = {n: programs * n / wave for n in range(1, most + 1)}
     even = {n: count for n, count in waves.items() if count <= 1 or count >= FULL_WAVES and longest >= n * SHORT_SHARE}
-    waves = even or waves
-    full = {n: count / math.ceil(count) for n, count in waves.items()}
+    full = {n: count / math.ceil(count) for n, count in (even or waves).items()}
     return next(n for n, share in full.items() if share >= 0.9 * max(full.values()))
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from effnlp_lab.early_start import starts_early
+from effnlp_lab.early_start import early_options
 from effnlp_lab.quantization.kernel_product import dequantize_kernel, product_kernel, row_kernel
 from effnlp_lab.quantization.packing import PLANES, PackedWeight
 
@@ -62,7 +62,6 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     arch = _architecture(x.device)
-    early = starts_early(arch)
     tile = tile_for(inputs, weight.run, x.element_size(), arch, weight.bits)
     tiles, bands = triton.cdiv(rows, tile.rows), triton.cdiv(inputs, tile.inputs)
     count = max(32 // bits for bits in PLANES[weight.bits])
@@ -72,7 +71,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
     arguments = (weight.planes[0], weight.planes[-1], weight.scale, weight.zero, out if bias is None else bias, out,
                  parts, counters)  # fmt: skip
     sizes = {"BITS": weight.bits, "RUN": weight.run, "GROUP": weight.group_size, "PER": runs_per_scale(weight)}
-    sizes |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
+    sizes |= early_options(arch)
     sizes |= {"SPLIT": split > 1, "BLOCK_N": tile.rows, "HAS_BIAS": bias is not None, "num_warps": tile.warps}
     if tile.inputs == 1:
         block_b = max(1, ONE_ROW // (count * weight.run))
@@ -80,8 +79,8 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, spli
     else:
         product_kernel[(tiles, split, bands)](
             x, *arguments, inputs, rows, weight.columns, blocks, split, x.stride(0), BLOCK_M=tile.inputs,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tile.stages, AHEAD=AHEAD if early else 0,
-            EVEN=weight.columns % (count * weight.run) == 0, **sizes,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tile.stages,
+            AHEAD=AHEAD if sizes["EARLY"] else 0, EVEN=weight.columns % (count * weight.run) == 0, **sizes,
         )  # fmt: skip
     return out
 

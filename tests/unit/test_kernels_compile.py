@@ -20,7 +20,9 @@ ADAMW8BIT = ("adamw8bit", "adamw8bit masked")
 NF4 = {"nf4 dequantize": (0,), "nf4 row": (1,), "nf4 product": (16, 32, 64), "nf4 sum": (0,)}  # rows, as "head_dim"
 GPTQ_KERNELS = {"int4 product": (1, 16, 64), "int3 product": (1, 16), "int3 dequantize": (0,), "gptq columns": (0,)}
 PAGED = {"paged decode": (64, 128), "paged decode rows": (256,), "paged prompt": (64, 128)}
-PAGED_ONCE = ("paged sinks", "paged merge", "paged write", "rms norm", "silu gate", "greedy token")
+PAGED_ONCE = (
+    "paged sinks", "paged merge", "paged write", "paged write prompt", "rms norm", "silu gate", "greedy token",
+)  # fmt: skip
 LOSS_ROWS = ("loss rows none", "loss rows forward_kl", "loss rows reverse_kl", "loss rows jsd", "loss multiply")
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +180,7 @@ def compile_adamw8bit(arch: int, dtype: str, masked: bool):
 
 def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
     """Groups of 128 columns; the sum in parts, with a bias; the column loop finds its grids and keeps outliers."""
+    from effnlp_lab.early_start import starts_early
     from effnlp_lab.quantization import kernel_gptq, kernel_product, launch_product
 
     types = {"X": f"*{dtype}", "Bias": f"*{dtype}", "Out": f"*{dtype}", "Plane0": "*i32", "Plane1": "*i32",
@@ -189,7 +192,7 @@ def compile_quantization(arch: int, kernel: str, dtype: str, inputs: int):
         function = kernel_product.product_kernel
         tile = launch_product.tile_for(inputs, 32, 4 if dtype == "fp32" else 2, arch)
         constants |= {"PER": 4, "SPLIT": True, "BLOCK_N": tile.rows, "HAS_BIAS": True}
-        constants["EARLY"] = launch_product.starts_early(arch)
+        constants["EARLY"] = starts_early(arch)
         if inputs == 1:
             function, constants["BLOCK_B"] = (
                 kernel_product.row_kernel,
@@ -284,7 +287,7 @@ def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
     if kernel == "paged merge":
         function, tile = kernels.merge_pages_kernel, tiles.merging(tiles.MAX_SPLITS, head_dim)
         constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": tiles.MAX_SPLITS}
-    elif kernel == "paged write":
+    elif kernel.startswith("paged write"):
         function, tile = kernels.write_kernel, Tile(0, 0, 4, 1)
         constants = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": head_dim, "PAGE": 16, "BLOCK_H": 32, "BLOCK_KV": 8}
         constants |= {"BLOCK_HALF": head_dim // 2, "ROTARY": True, "SINKS": True}
@@ -300,10 +303,11 @@ def compile_paged(arch: int, kernel: str, dtype: str, head_dim: int):
         constants["QSink"] = None
     constants["EARLY"] = starts_early(arch)
     if function in (kernels.paged_kernel, kernels.write_kernel):
-        constants["SETTLED"] = True
+        constants["SETTLED"] = kernel != "paged write prompt"
     types = dict.fromkeys(("Partial", "Lse"), "*fp32") | dict.fromkeys(("tables", "rows", "lengths", "starts"), "*i32")
     types |= {"Out": "*i64", "Newest": "*i64"} if kernel == "greedy token" else {}
-    types |= {"slots": "*i32", "positions": "*i32", "qk_scale": "fp32", "eps": "fp32"}
+    whole = "*i64" if kernel == "paged write prompt" else "*i32"  # as a prompt's batch and a decoding step pass them
+    types |= {"slots": whole, "positions": whole, "qk_scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     names = function.arg_names
     signature = {name: types.get(name, f"*{dtype}" if name[0].isupper() else "i32") for name in names}
