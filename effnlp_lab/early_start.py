@@ -24,6 +24,19 @@ def early_options(arch: int) -> dict[str, bool]:
 @triton.jit
 def after_the_kernel_before(EARLY: tl.constexpr):
     """Wait for the end of the kernel before this one, if this one may start early; and let the next one start."""
+    wait_for_the_kernel_before(EARLY)
+    let_the_next_start(EARLY)
+
+
+@triton.jit
+def wait_for_the_kernel_before(EARLY: tl.constexpr):
+    """The first half of it, for a kernel that needs the whole card until its end."""
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def let_the_next_start(EARLY: tl.constexpr):
+    """The second half: the next kernel starts once every program has come here, or has ended."""
+    if EARLY:
         gdc_launch_dependents()

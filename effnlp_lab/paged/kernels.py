@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from effnlp_lab.attention.kernels_common import LN_2
-from effnlp_lab.early_start import after_the_kernel_before
+from effnlp_lab.early_start import after_the_kernel_before, let_the_next_start, wait_for_the_kernel_before
 
 # Small tensors begin anywhere in a larger one: a kernel for each alignment of each would be compiled over and over.
 _ANYWHERE = ["tables", "rows", "lengths", "starts", "slots", "positions"]
@@ -36,7 +36,7 @@ def paged_kernel(
     SPLIT the output goes to Partial [splits, total * heads, HEAD_DIM], in float32, and Lse [splits, total * heads].
     SETTLED: the lower-case tensors were written before the kernel before this one, and may be read while it ends.
     """
-    after_the_kernel_before(EARLY and not SETTLED)
+    wait_for_the_kernel_before(EARLY and not SETTLED)
     tile = tiles - 1 - tl.program_id(0) // splits  # the last queries see the most keys: they begin first
     split = tl.program_id(0) % splits
     kv_head = tl.program_id(1)
@@ -72,7 +72,7 @@ def paged_kernel(
     end = tl.minimum(begin + share, end)
     table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
     page = _pages_at(table, begin, first, end, PAGE, BLOCK_N)
-    after_the_kernel_before(EARLY and SETTLED)
+    wait_for_the_kernel_before(EARLY and SETTLED)
     if SPLIT:
         if (begin >= end) & (sink_end == 0):  # nothing to see here: only the merge must know
             tl.store(Lse + split.to(tl.int64) * total_rows + place, float("-inf"), mask=exists)
@@ -105,6 +105,7 @@ def paged_kernel(
         tl.store(Lse + at, lse, mask=exists)
     else:
         tl.store(Out + where, out.to(Out.dtype.element_ty), mask=inside)
+    let_the_next_start(EARLY)  # not before: its programs would take room from ours that are still to begin
 
 
 @triton.jit
