@@ -171,24 +171,25 @@ def _verify(results: dict[str, Tensor], pages: Tensor, order: Tensor, lengths: T
 def throughput(device: Device, small: bool) -> Comparison:
     """All requests submitted at once; seconds until the last has its last token."""
     model = llama_1b(small)
-    prompts, new = workload(model.config.vocab_size, small)
-    repeats = _number("EFFNLP_PAGED_REPEATS", 3)
+    rounds, new = workload(model.config.vocab_size, small, 1 + _number("EFFNLP_PAGED_REPEATS", 3))
+    warm, prompts = rounds[0][:8], rounds[1]
     contestants = {OURS: _Ours(model, prompts, new), "generate_batch": _GenerateBatch(model, prompts, new)}
     size = _number("EFFNLP_PAGED_PADDED", len(prompts))
     missing = {} if size else {"padded generate": "left out"}
     if size:
         contestants["padded generate"] = _Padded(model, prompts, new, size)
     seconds: dict[str, list[float]] = {}
-    notes = [f"{sum(map(len, prompts)):,} prompt tokens and {sum(new):,} new ones; each contestant warmed up first.",
-             NO_CUDNN_NOTE]  # fmt: skip
-    for name, start in contestants.items():
+    notes = [f"{sum(map(len, prompts)):,} prompt tokens and {sum(new):,} new ones; each contestant warmed up first. "
+             "The prompts of every repetition are new, so that no prefix cache knows them.", NO_CUDNN_NOTE]  # fmt: skip
+    for name, contestant in contestants.items():
         try:
-            with start as serve:
-                times, served = [], 0
-                for _ in range(1 if name == "padded generate" else repeats):
+            with contestant as serve:
+                times = []
+                serve(warm, [4] * len(warm))
+                for prompts in rounds[1 : 2 if name == "padded generate" else None]:
                     torch.cuda.synchronize()
                     begin = time.perf_counter()
-                    served = serve()
+                    serve(prompts, new)
                     times.append(time.perf_counter() - begin)
         except Exception as error:  # a peer of another version, or out of memory: said in the table
             if name == OURS:
@@ -196,7 +197,7 @@ def throughput(device: Device, small: bool) -> Comparison:
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             seconds[name] = times
-            notes.append(f"{name}: {served / statistics.median(times):,.0f} new tokens a second.")
+            notes.append(f"{name}: {sum(new) / statistics.median(times):,.0f} new tokens a second.")
         _release()
     return Comparison(
         f"{len(prompts)} requests, {min(map(len, prompts))} to {max(map(len, prompts))} tokens in, {min(new)} to "
@@ -222,17 +223,17 @@ def llama_1b(small: bool):
     return model
 
 
-def workload(vocabulary: int, small: bool) -> tuple[list[list[int]], list[int]]:
-    """Prompts, and how many new tokens each is to get."""
+def workload(vocabulary: int, small: bool, rounds: int) -> tuple[list[list[list[int]]], list[int]]:
+    """The prompts of each round, of the same lengths and other tokens; and how many new tokens each is to get."""
     dice = random.Random(0)
     shortest, longest = _number("EFFNLP_PAGED_SHORTEST", 100), _number("EFFNLP_PAGED_LONGEST", 128 if small else 1024)
     count = _number("EFFNLP_PAGED_REQUESTS", 16 if small else 256)
-    prompts = [[dice.randrange(vocabulary) for _ in range(dice.randint(shortest, longest))] for _ in range(count)]
-    return prompts, [dice.randint(shortest, longest) for _ in range(count)]
+    lengths, new = ([dice.randint(shortest, longest) for _ in range(count)] for _ in range(2))
+    return [[dice.choices(range(vocabulary), k=length) for length in lengths] for _ in range(rounds)], new
 
 
 class _Contestant:
-    """Enter: warmed up, ready to be timed. Calling what entering gives serves all and returns the tokens served."""
+    """Entering it gives the function that serves prompts, each with its number of new tokens."""
 
     def __init__(self, model, prompts, new) -> None:
         self.model, self.prompts, self.new = model, prompts, new
@@ -251,20 +252,12 @@ class _Ours(_Contestant):
             chunk=_number("EFFNLP_PAGED_CHUNK", 16384),
         )
         self.engine.warm_up()
-        self._serve(self.prompts[:8], [4] * 8)
-        self.engine.manager.clear()  # the prefix cache must not know the prompts
         return self.serve
 
-    def serve(self) -> int:
-        served = self._serve(self.prompts, self.new)
-        self.engine.manager.clear()
-        return served
-
-    def _serve(self, prompts, new) -> int:
+    def serve(self, prompts, new) -> None:
         asked = [paged.SamplingParams(max_new_tokens=n, stop_token_ids=()) for n in new]
         outputs = self.engine.generate(prompts, asked)
         assert [len(output.tokens) for output in outputs] == new
-        return sum(new)
 
 
 class _GenerateBatch(_Contestant):
@@ -277,22 +270,18 @@ class _GenerateBatch(_Contestant):
             options["workload_hints"] = hints
         self.context = self.model.continuous_batching_context_manager(**options)
         self.manager = self.context.__enter__()
-        self._serve(self.prompts[:8], [4] * 8)
-        return lambda: self._serve(self.prompts, self.new)
+        return self.serve
 
-    def _serve(self, prompts, new) -> int:
+    def serve(self, prompts, new) -> None:
         ids = {
             self.manager.add_request(p, max_new_tokens=n, eos_token_id=-1): n for p, n in zip(prompts, new, strict=True)
         }
-        served, stop = 0, time.monotonic() + 600
+        stop = time.monotonic() + 600
         while ids:
             result = self.manager.get_result(timeout=1)
             if result is not None and result.is_finished():
-                count = len(result.generated_tokens)
-                assert count == ids.pop(result.request_id), result.error
-                served += count
+                assert len(result.generated_tokens) == ids.pop(result.request_id), result.error
             assert result is not None or self.manager.is_running() and time.monotonic() < stop, "it stopped"
-        return served
 
     def __exit__(self, *error) -> None:
         self.context.__exit__(*error)
@@ -316,13 +305,11 @@ class _Padded(_Contestant):
         self.size = size
 
     def __enter__(self):
-        self._batch(self.prompts[:8], [4] * 8)
         return self.serve
 
-    def serve(self) -> int:
-        for i in range(0, len(self.prompts), self.size):
-            self._batch(self.prompts[i : i + self.size], self.new[i : i + self.size])
-        return sum(self.new)
+    def serve(self, prompts, new) -> None:
+        for i in range(0, len(prompts), self.size):
+            self._batch(prompts[i : i + self.size], new[i : i + self.size])
 
     def _batch(self, prompts, new) -> None:
         """All padded to the longest prompt, all generating until the longest is done."""
