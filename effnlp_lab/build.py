@@ -39,6 +39,7 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 SHOWS = re.compile(r"^(print|check|plots\.show|receipt\.show)\(", re.MULTILINE)
 """Of a cell's source: it surely has an output."""
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def main(labs: Sequence[str] = (), check: bool = False, execute: bool = False, device: str = "auto",
@@ -269,8 +270,13 @@ def _copy_outputs(old: NotebookNode, new: NotebookNode) -> None:
         if cell.cell_type != "code" or not outputs.get(cell.id):
             continue
         count += 1
-        cell.outputs = [_steady(o, count) for o in outputs[cell.id] if o.get("name") != "stderr"]  # paths of a machine
+        cell.outputs = [_steady(o, count) for o in outputs[cell.id] if not _passing(o)]
         cell.execution_count = count
+
+
+def _passing(output: NotebookNode) -> bool:
+    """What is of no use to a reader: warnings with a machine's paths, bars whose widgets ended with their kernel."""
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
 
 
 def _steady(output: NotebookNode, count: int) -> NotebookNode:

@@ -120,6 +120,20 @@ def test_outputs_are_carried_while_the_code_matches_and_check_tells_stale(master
     assert any("no outputs" in s for s in stale())
 
 
+def test_warnings_and_dead_widgets_are_not_carried(master, tmp_path):
+    build.write(read_master(master()), tmp_path)
+    path = tmp_path / "solutions/99_toy/toy.ipynb"
+    notebook = nbformat.read(path, 4)
+    kept = nbformat.v4.new_output("stream", name="stdout", text="3\n")
+    notebook.cells[-1].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="/a/machine/warns.py"),
+        nbformat.v4.new_output("display_data", {build.WIDGET: {"model_id": "0f93"}, "text/plain": "0%"}), kept,
+    ]  # fmt: skip
+    path.write_text(build._dump(notebook))
+    build.write(read_master(tmp_path / "solutions/99_toy/toy.py"), tmp_path)
+    assert nbformat.read(path, 4).cells[-1].outputs == [kept]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
