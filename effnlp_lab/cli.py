@@ -117,13 +117,13 @@ def mutate(
     lab: OneLab,
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
     sample: Annotated[int | None, typer.Option(help="At most so many mutants.", show_default="all")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Mutants at once.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Mutants at once; with --sandbox exercises.")] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Grade them the way submissions are graded.")] = False,
     device: Annotated[str, typer.Option(help="With --sandbox: cpu or cuda.")] = "cpu",
 ) -> None:
     """Change the solutions in small ways and list the changes that no check notices."""
     if sandbox:
-        given = [("--exercise", exercise), ("--sample", sample), ("--device", device)]
+        given = [("--exercise", exercise), ("--sample", sample), ("--device", device), ("--jobs", jobs)]
         _grading("mutate", [lab, *(part for name, value in given if value is not None for part in (name, str(value)))])
     _finish(_load("effnlp_lab.mutate").main(match_lab(lab), exercise, sample, jobs))
 

@@ -23,6 +23,8 @@ PARTS = {
 }
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
+EXERCISES_AT_ONCE = 5
+"""Of a lab whose mutants are graded: each takes less than 3 GiB of a card."""
 DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""
@@ -105,8 +107,9 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
 
 
 def _grading() -> list[Step]:
+    asked = ("--sample", "2", "--jobs", str(EXERCISES_AT_ONCE))
     mutants = [
-        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--device", "cuda", "--sample", "2"))
+        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--device", "cuda", *asked))
         for lab in MUTATED
     ]
     return [*mutants, Step("sample-class", "grading", effnlp("demo", "--device", "cuda", "--out", "{folder}"))]

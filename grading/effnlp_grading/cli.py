@@ -101,12 +101,13 @@ def mutate_verb(
     exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
     sample: Annotated[int | None, typer.Option(help="At most so many mutants an exercise.", show_default="all")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Exercises at once.")] = 1,
 ) -> None:
     """Grade right answers and mutants of a lab's solutions in the sandbox, as submissions are graded."""
     from effnlp_grading.mutants import main as mutate
     from effnlp_lab.cli import match_lab
 
-    raise typer.Exit(mutate(match_lab(lab), exercise, sample, device))
+    raise typer.Exit(mutate(match_lab(lab), exercise, sample, device, jobs))
 
 
 @app.command("similarity")

@@ -6,11 +6,16 @@ proctor in the sandbox. Right answers have to earn full points; mutants, but for
 
 from __future__ import annotations
 
+import atexit
 import copy
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +111,25 @@ class Bench:
         return False
 
 
-def main(lab: str, exercise: str | None = None, sample: int | None = None, device: str = "cpu",
+def main(lab: str, exercise: str | None = None, sample: int | None = None, device: str = "cpu", jobs: int = 1,
          root: Path = ROOT, json_path: Path | None = None) -> int:
-    """Try right answers and mutants of a lab; return 0 when the former pass and enough of the latter do not."""
+    """Try right answers and mutants of a lab; return 0 when the former pass and enough of the latter do not.
+
+    jobs: exercises at once, each in a process with a sandbox of its own.
+    """
     spec = exercises.lab(lab)
     chosen = [e for e in spec.exercises if exercise in (None, e.name)]
     if not chosen:
         raise UsageError(f"{lab} has no exercise {exercise!r}: "
                          f"expected one of {', '.join(e.name for e in spec.exercises)}.")
     console = Console(soft_wrap=True)
-    listed = read_listing(root / "tests" / "mutants" / f"{spec.name}.toml")
     counts, wrong = [], []
-    with open_bench(lab, device, root) as bench:
-        for one in chosen:
-            if one.needs_gpu and device != "cuda" or one.needs_triton and resolve(device).triton == "absent":
-                counts.append(Count(one.name, not_run="needs a GPU or Triton"))
-                continue
-            wrong += refused_answers(bench, one, root)
-            counts.append(_count(bench, one, listed, sample))
-            console.print(f"{one.name}: {counts[-1].rejected} of {counts[-1].tried} rejected", highlight=False)
+    with _mapping(jobs) as run:
+        for count, refused in run(partial(_try, spec.name, device, root, sample), [one.name for one in chosen]):
+            counts.append(count)
+            wrong += refused
+            if not count.not_run:
+                console.print(f"{count.exercise}: {count.rejected} of {count.tried} rejected", highlight=False)
     rejected, survived = sum(c.rejected for c in counts), sum(len(c.survivors) for c in counts)
     if rejected < REJECTED_SHARE * (rejected + survived):
         wrong.append(f"{rejected} of {rejected + survived} mutants are rejected in the sandbox, and at least "
@@ -134,6 +139,34 @@ def main(lab: str, exercise: str | None = None, sample: int | None = None, devic
         told = {"lab": spec.name, "ok": ok, "wrong": wrong, "exercises": [asdict(c) for c in counts]}
         json_path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     return 0 if ok else 1
+
+
+@contextmanager
+def _mapping(jobs: int) -> Iterator[Callable]:
+    """What maps a function over arguments, in so many processes."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _try(lab: str, device: str, root: Path, sample: int | None, name: str) -> tuple[Count, list[str]]:
+    """Right answers and mutants of one exercise: the count, and sentences on right answers that were refused."""
+    exercise = exercises.lab(lab).exercise(name)
+    if exercise.needs_gpu and device != "cuda" or exercise.needs_triton and resolve(device).triton == "absent":
+        return Count(name, not_run="needs a GPU or Triton"), []
+    bench = _bench_of(lab, device, root)
+    listed = read_listing(root / "tests" / "mutants" / f"{lab}.toml")
+    return _count(bench, exercise, listed, sample), refused_answers(bench, exercise, root)
+
+
+@cache
+def _bench_of(lab: str, device: str, root: Path) -> Bench:
+    """The bench of this process."""
+    bench = open_bench(lab, device, root)
+    atexit.register(bench.__exit__)
+    return bench.__enter__()
 
 
 class open_bench:  # noqa: N801  (a context manager that reads as a verb)

@@ -99,6 +99,14 @@ def test_right_answers_pass_and_mutants_do_not(sandbox):
             assert [m.id for m in tried if not bench.rejects(spec, m)] == []
 
 
+@needs_sandbox
+def test_exercises_are_tried_side_by_side(tmp_path):
+    assert mutants.main(LAB, sample=1, jobs=2, json_path=tmp_path / "told.json") == 0
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert [one["exercise"] for one in told["exercises"]] == [one.name for one in exercises.lab(LAB).exercises]
+    assert all(one["tried"] == one["rejected"] == 1 for one in told["exercises"])
+
+
 def test_grading_without_a_sandbox_has_to_be_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("EFFNLP_BWRAP", raising=False)
