@@ -146,10 +146,11 @@ def gpu(
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where to work and report.", show_default="build/gpu")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only name the steps.")] = False,
-    record: Annotated[bool, typer.Option("--record", help="Only write benchmarks/expected.toml anew.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Only write what was measured into benchmarks/.")] = False,
+    recorded: Annotated[bool, typer.Option("--recorded", help="What is recorded there counts as done.")] = False,
 ) -> None:
     """Run everything that needs a GPU and write one report; what is done on this tree and card is not repeated."""
-    _finish(_load("effnlp_lab.gpurun.main").main(only or (), force, out, listed, record))
+    _finish(_load("effnlp_lab.gpurun.main").main(only or (), force, out, listed, record, recorded))
 
 
 @app.command("train-course-models")

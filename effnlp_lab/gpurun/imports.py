@@ -12,6 +12,8 @@ from pathlib import Path
 KIT = "effnlp_lab"
 WITH_THEM = {f"{KIT}/course/models.py": (f"{KIT}/course/weights",)}
 """What modules read that is not imported."""
+ONLY_SHOW = {Path(KIT, "notebook", name) for name in ("book.py", "book_pictures.py")}
+"""What is imported to show what was measured: no figure depends on it."""
 
 
 def imported(script: Path, root: Path) -> tuple[str, ...]:
@@ -21,7 +23,7 @@ def imported(script: Path, root: Path) -> tuple[str, ...]:
     waiting = [script]
     while waiting:
         for place in _imports(waiting.pop(), root):
-            if place not in found:
+            if place not in found | ONLY_SHOW:
                 found.add(place)
                 whole = root / place
                 waiting += [whole] if whole.is_file() else sorted(whole.rglob("*.py"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from effnlp_lab.device import resolve
 from effnlp_lab.errors import DeviceError, UsageError
-from effnlp_lab.gpurun import expected, report
+from effnlp_lab.gpurun import expected, recorded, report
 from effnlp_lab.gpurun.execute import commit_of, execute, tree_keys
 from effnlp_lab.gpurun.steps import Step, all_steps, choose
 from effnlp_lab.notebook.bench import machine
@@ -18,16 +18,19 @@ from effnlp_lab.runner import source_root
 
 
 def main(only: Sequence[str] = (), force: bool = False, out: Path | None = None, listed: bool = False,
-         record: bool = False) -> int:  # fmt: skip
+         record: bool = False, go_on: bool = False) -> int:  # fmt: skip
     """Run what is not done on this tree and card; return 0 when nothing of it failed, was skipped, died or fell back.
 
+    record: write what was measured into benchmarks/ instead. go_on: what is recorded there counts as done.
     Raises UsageError outside of a checkout, DeviceError without a GPU.
     """
     root = source_root()
     if root is None:
         raise UsageError("The GPU run needs the tests, which are not installed: run it in a checkout of the course.")
     if record:
-        print(f"wrote {expected.record(root / 'benchmarks').relative_to(root)}")
+        kept = recorded.keep((out or root / "build" / "gpu").resolve(), root / "benchmarks")
+        for path in filter(None, (expected.record(root / "benchmarks"), kept)):
+            print(f"wrote {path.relative_to(root)}")
         return 0
     device = resolve("cuda", "0")
     if device.kind != "cuda":  # EFFNLP_DEVICE holds for notebooks, and would send this to the CPU for hours
@@ -36,11 +39,12 @@ def main(only: Sequence[str] = (), force: bool = False, out: Path | None = None,
     if listed:
         print("\n".join(f"{step.part:<11}{step.name}" for step in steps))
         return 0
-    return run(steps, choose(steps, only), (out or root / "build" / "gpu").resolve(), root, machine(device), force)
+    out = (out or root / "build" / "gpu").resolve()
+    return run(steps, choose(steps, only), out, root, machine(device), force, go_on)
 
 
 def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on: Mapping[str, Any],
-        force: bool = False) -> int:  # fmt: skip
+        force: bool = False, go_on: bool = False) -> int:  # fmt: skip
     """Run `chosen` of all `steps` on the machine `on`, the report written anew after each. Returns 0 or 1."""
     records = expected.load(root / "benchmarks" / expected.NAME)
     keys, commit = tree_keys(root, on["device"], steps), commit_of(root)
@@ -51,6 +55,8 @@ def run(steps: Sequence[Step], chosen: Sequence[Step], out: Path, root: Path, on
         return told
 
     out.mkdir(parents=True, exist_ok=True)
+    if go_on and (names := recorded.restore(root / "benchmarks", out, steps, keys)):
+        print(f"recorded for this tree and card: {', '.join(names)}")
     execute(chosen, out, root, keys, force, tell)
     told = tell()
     if any(step.part == "bench" for step in chosen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ import torch
 from effnlp_lab import cli
 from effnlp_lab.device import Device
 from effnlp_lab.errors import DeviceError, UsageError
-from effnlp_lab.gpurun import expected, findings, main, steps
+from effnlp_lab.gpurun import expected, findings, main, recorded, steps
 from effnlp_lab.gpurun.execute import tree_keys
 from effnlp_lab.gpurun.imports import imported
 from effnlp_lab.gpurun.steps import Step, choose
@@ -148,6 +149,35 @@ def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
     assert checked != first and key(tags=["nbval-check-output"], output="3") != checked
 
 
+def test_what_is_recorded_counts_in_another_checkout_of_the_same_tree(tree, capsys):
+    """A step for its key, a benchmark only beside the figures that it measured; what failed is not recorded."""
+    out = tree.parent / "out"
+    measured = tree / "benchmarks" / "copy.json"
+    all_steps = [counting(tree, "a"), counting(tree, "b", code=1), bench_step(tree, suite(2.0))]
+    go(tree, all_steps)
+    measured.write_text((out / "bench-copy" / "copy.json").read_text())
+    assert recorded.keep(out, tree / "benchmarks") == tree / "benchmarks" / "gpu_run" / "steps.json"
+    assert (tree / "benchmarks" / "gpu_run" / "report.html").is_file()  # the run was whole, though it failed
+    shutil.rmtree(out)
+    assert main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True) == 1
+    assert "recorded for this tree and card: a, bench-copy" in capsys.readouterr().out
+    assert (times(tree, "a"), times(tree, "b"), times(tree, "bench-copy")) == (1, 2, 1)
+    told = json.loads((out / "report.json").read_text())
+    assert told["figures"][0]["ratio"] == 2.0 and told["parts"]["bench"]["state"] == "ok"
+
+    shutil.rmtree(out)
+    measured.write_text(json.dumps(suite(3.0)))
+    main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True)
+    assert (times(tree, "a"), times(tree, "bench-copy")) == (1, 2)
+    shutil.rmtree(out)
+    (tree / "effnlp_lab" / "room.py").write_text("answer = 43\n")
+    main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True)
+    assert times(tree, "a") == 2
+    (tree / "benchmarks" / "gpu_run" / "steps.json").write_text("{")
+    with pytest.raises(UsageError, match="steps.json cannot be used"):
+        main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True)
+
+
 def test_one_part_alone_is_not_the_whole(tree, capsys):
     planned = [counting(tree, "first"), counting(tree, "second", "notebooks")]
     code, report = go(tree, planned, only=["notebooks"])
@@ -270,7 +300,8 @@ def test_solutions_give_what_is_stored_where_nbval_compares(tree, tmp_path, tag,
 
 def bench_step(tree: Path, content: dict | None) -> Step:
     wrote = f"open(r'{{folder}}/copy.json', 'w').write({json.dumps(content)!r})" if content else "print('needs cuda')"
-    return Step("bench-copy", "bench", python(wrote), findings.bench)
+    counted = f"open({str(tree.parent / 'bench-copy')!r}, 'a').write('x')"
+    return Step("bench-copy", "bench", python(f"{counted}; {wrote}"), findings.bench)
 
 
 def record(tree: Path, content: dict) -> None:
