@@ -146,6 +146,10 @@ def _ratios(one: Mapping[str, Any]) -> Ratios:
                   one["missing"], figure)  # fmt: skip
 
 
+def _row(one: Ratios) -> pictures.Row:
+    return one.title, one.speeds, one.ours, one.peer, one.limit
+
+
 def _draw(read: Iterable[Suite]) -> dict[str, Drawn]:
     """The pictures by name: an overview, two close views, and one of each benchmark."""
     measured = [suite for suite in read if suite.ratios]
@@ -155,12 +159,10 @@ def _draw(read: Iterable[Suite]) -> dict[str, Drawn]:
     if beside:
         found.append(pictures.overview(beside))
     for suite in measured:
-        rows = [(one.title, one.speeds, one.ours, one.peer, one.limit) for one in suite.headlines
-                if len(one.speeds) <= FEW]  # fmt: skip
+        rows = [_row(one) for one in suite.headlines if len(one.speeds) <= FEW]
         if rows:
             found.append(pictures.rows(suite.name, suite.heading, rows))
-        close = {"attention": pictures.attention, "adapters": pictures.nf4}.get(suite.name)
-        if close is not None and (view := close(rows)) is not None:
+        if suite.name in pictures.CLOSE and (view := pictures.CLOSE[suite.name][1](list(map(_row, suite.ratios)))):
             found.append(view)
     return {one.name: one for one in found}
 
@@ -195,7 +197,7 @@ def _section(suite: Suite, drawn: Mapping[str, Drawn]) -> list[str]:
         return [*blocks, f"**Not measured**: {_how(suite)}."]
     blocks.append(f"Made by `{suite.command}` on {describe(suite.machine)}. In full: "
                   f"[{suite.name}.md]({suite.name}.md).")  # fmt: skip
-    close = {"attention": "attention-lengths", "adapters": "nf4-products"}.get(suite.name, "")
+    close, _ = pictures.CLOSE.get(suite.name, ("", None))
     blocks += [_image(drawn[name], PLOTS) for name in (close, suite.name) if name in drawn]
     missing = {name: why for one in suite.ratios for name, why in one.missing.items()}
     blocks += [f"**Not run: {name}** ({why})." for name, why in missing.items()]

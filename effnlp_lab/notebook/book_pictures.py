@@ -153,6 +153,42 @@ def nf4(found: Sequence[Row]) -> Drawn | None:
     return Drawn("nf4-products", plots.png(drawn), alt)
 
 
+def speculative(found: Sequence[Row]) -> Drawn | None:
+    """Speed over the target alone by gamma on the paged cache, a line a temperature, one panel for each drafter."""
+    table = next((row[1] for row in found if row[0].endswith("paged cache")), {})
+    pattern = re.compile(r"(.+), temperature (\S+), gamma (\d+)")
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name, speed in table.items():
+        if match := pattern.fullmatch(name.removesuffix(" (ours)")):
+            alone = table[f"target alone (ours), temperature {match[2]}"]
+            panels.setdefault(match[1], {}).setdefault(match[2], []).append((int(match[3]), speed / alone))
+    if not panels:
+        return None
+    caption = "Above the black line a drafter pays. Temperatures are those of sampling; 0 is greedy."
+    drawn, both = _panels("Speculative decoding of course-base", len(panels), caption)
+    best = {drafter: max((speed, temperature, gamma) for temperature, line in lines.items() for gamma, speed in line)
+            for drafter, lines in panels.items()}  # fmt: skip
+    for axes, (drafter, lines) in zip(both, panels.items(), strict=True):
+        for (temperature, points), look in zip(lines.items(), plots.looks(len(lines)), strict=True):
+            axes.plot(*zip(*points, strict=True), label=f"temperature {temperature}", **look)
+        gammas = sorted({gamma for points in lines.values() for gamma, _ in points})
+        axes.set_xticks(gammas, [str(gamma) for gamma in gammas])
+        axes.set_title(drafter)
+        axes.set_xlabel("gamma (tokens drafted a step)")
+        axes.axhline(1, color=PEER, linewidth=1.2)
+        axes.set_ylim(0, 1.1 * max(1.0, *(speed for speed, *_ in best.values())))
+    both[0].set_ylabel("speed over the target alone")
+    both[-1].legend(fontsize=8)
+    said = "; ".join(f"{drafter} at most {speed:.2f} times, at temperature {temperature} with gamma {gamma}"
+                     for drafter, (speed, temperature, gamma) in best.items())  # fmt: skip
+    return Drawn("speculative-gamma", plots.png(drawn), f"Speed over the target alone by gamma and temperature: {said}")
+
+
+CLOSE = {"adapters": ("nf4-products", nf4), "attention": ("attention-lengths", attention),
+         "speculative": ("speculative-gamma", speculative)}  # fmt: skip
+"""Of a benchmark the name of its close view, and what draws it from all rows; None where they are not there."""
+
+
 def _panels(title: str, count: int, caption: str) -> tuple[Figure, list[Axes]]:
     """Axes side by side that share their y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

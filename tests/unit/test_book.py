@@ -75,6 +75,17 @@ def test_settings_of_ours_are_no_headlines(folder):
     assert not any("growing" in one.title for one in suite.headlines)
 
 
+def test_speculative_decoding_is_drawn_over_the_target_alone_at_the_same_temperature(folder):
+    seconds = {"target alone (ours), temperature 0": 1.0, "draft, temperature 0, gamma 2 (ours)": 0.5,
+               "target alone (ours), temperature 1": 3.0, "draft, temperature 1, gamma 4": 1.0}  # fmt: skip
+    titles = ("Seconds a token, paged cache", "Seconds a token, static cache")
+    save(folder, "speculative", *(Comparison(title, {name: [t] for name, t in seconds.items()}, *list(seconds)[1::-1])
+                                  for title in titles))  # fmt: skip
+    book.write(folder)
+    page = (folder / "README.md").read_text()
+    assert "draft at most 3.00 times, at temperature 1 with gamma 4](plots/speculative-gamma.png)" in page
+
+
 def test_without_any_figures_the_book_says_so(tmp_path):
     (tmp_path / "nothing.py").write_text("")
     assert bench.main([], "cpu", tmp_path, tmp_path, book=True) == 0
