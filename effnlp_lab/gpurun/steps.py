@@ -24,7 +24,7 @@ PARTS = {
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
 EXERCISES_AT_ONCE = 5
-"""Of a lab whose mutants are graded: each takes less than 3 GiB of a card."""
+"""Of a lab whose mutants are graded."""
 DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""

@@ -123,13 +123,15 @@ def main(lab: str, exercise: str | None = None, sample: int | None = None, devic
         raise UsageError(f"{lab} has no exercise {exercise!r}: "
                          f"expected one of {', '.join(e.name for e in spec.exercises)}.")
     console = Console(soft_wrap=True)
-    counts, wrong = [], []
+    one_of, tried = partial(_try, spec.name, device, root, sample), {}
     with _mapping(jobs) as run:
-        for count, refused in run(partial(_try, spec.name, device, root, sample), [one.name for one in chosen]):
-            counts.append(count)
-            wrong += refused
+        for count, refused in run(one_of, [one.name for one in chosen]):
+            tried[count.exercise] = count, refused
             if not count.not_run:
                 console.print(f"{count.exercise}: {count.rejected} of {count.tried} rejected", highlight=False)
+    if jobs > 1:  # neighbours share a card, and the watch on it: what was refused among them is tried again alone
+        tried |= {name: one_of(name) for name, (_, refused) in tried.items() if refused}
+    counts, wrong = [count for count, _ in tried.values()], [told for _, refused in tried.values() for told in refused]
     rejected, survived = sum(c.rejected for c in counts), sum(len(c.survivors) for c in counts)
     if rejected < REJECTED_SHARE * (rejected + survived):
         wrong.append(f"{rejected} of {rejected + survived} mutants are rejected in the sandbox, and at least "
@@ -158,7 +160,10 @@ def _try(lab: str, device: str, root: Path, sample: int | None, name: str) -> tu
         return Count(name, not_run="needs a GPU or Triton"), []
     bench = _bench_of(lab, device, root)
     listed = read_listing(root / "tests" / "mutants" / f"{lab}.toml")
-    return _count(bench, exercise, listed, sample), refused_answers(bench, exercise, root)
+    try:
+        return _count(bench, exercise, listed, sample), refused_answers(bench, exercise, root)
+    except UsageError as error:
+        return Count(name), [str(error)]
 
 
 @cache

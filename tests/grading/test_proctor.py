@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -105,6 +106,23 @@ def test_exercises_are_tried_side_by_side(tmp_path):
     told = json.loads((tmp_path / "told.json").read_text())
     assert [one["exercise"] for one in told["exercises"]] == [one.name for one in exercises.lab(LAB).exercises]
     assert all(one["tried"] == one["rejected"] == 1 for one in told["exercises"])
+
+
+def test_what_is_refused_among_neighbours_is_tried_again_alone(monkeypatch, capsys):
+    """Three exercises: one is fine, one in the way of another once, one wrong."""
+    times = dict.fromkeys(("count_pairs", "merge_pair", "train_bpe"), 0)
+
+    def trying(lab, device, root, sample, name):
+        times[name] = times.get(name, 0) + 1
+        wrong = name == "train_bpe" or name == "merge_pair" and times[name] == 1
+        return mutants.Count(name, 1, 0, 1, 1), [f"{name} is refused"] if wrong else []
+
+    monkeypatch.setattr(mutants, "_try", trying)
+    monkeypatch.setattr(mutants, "_mapping", lambda jobs: contextlib.nullcontext(map))
+    assert mutants.main(LAB, jobs=2) == 1
+    assert (times["count_pairs"], times["merge_pair"], times["train_bpe"]) == (1, 2, 2)
+    told = capsys.readouterr().out
+    assert "train_bpe is refused" in told and "merge_pair is refused" not in told
 
 
 def test_grading_without_a_sandbox_has_to_be_asked_for(monkeypatch, tmp_path):
