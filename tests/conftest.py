@@ -6,6 +6,7 @@ Tests under tests/gpu need a CUDA device. Without one they are not collected int
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def _shares_a_fixture(item: pytest.Item) -> bool:
     """Whether a fixture of this test is made once for its module: on one process, that is, and not on each of them."""
     fixtures = getattr(item, "_fixtureinfo", None)
     return fixtures is not None and any(f[-1].scope == "module" for f in fixtures.name2fixturedefs.values())
+
+
+def pytest_collection_finish():
+    """What was collected stays to the end: the garbage collector, and children that are forked, may leave it alone."""
+    gc.collect()
+    gc.freeze()
 
 
 def _on_gpu(config: pytest.Config) -> bool:
