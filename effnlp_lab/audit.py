@@ -13,7 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice, product
@@ -144,8 +144,7 @@ def audit(
         return []
     size = len(seeds) if jobs == 1 else max(1, min(SEEDS_A_TASK, -(-len(seeds) // jobs)))
     pieces = [seeds[first : first + size] for first in range(0, len(seeds), size)]
-    with ExitStack() as stack:
-        run = map if jobs == 1 else stack.enter_context(_processes(jobs)).map
+    with mapping(jobs) as run:
         found = run(partial(_try_seeds, name, split, device), *zip(*product(chosen, pieces), strict=True))
         for index, results in zip(chosen, batched(found, len(pieces)), strict=True):
             fault = next(filter(None, results), None)
@@ -184,11 +183,14 @@ def _split_driver() -> SplitDriver:
 
 
 @contextmanager
-def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start afresh, each on one core."""
+def mapping(jobs: int) -> Iterator[Callable]:
+    """What maps a function over arguments: `map`, or that of so many processes that start afresh, each on one core."""
+    if jobs == 1:
+        yield map
+        return
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            yield pool
+            yield pool.map
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:

@@ -21,17 +21,18 @@ FOLDER, STEPS = "gpu_run", "steps.json"
 
 
 def keep(out: Path, benchmarks: Path) -> Path | None:
-    """Write the steps of `out` that passed over those of the same name in the record; return its path."""
-    passed = {}
-    for path in sorted(out.glob("*/step.json")):
-        step = json.loads(path.read_text("utf-8"))
-        if step["state"] == "ok":
-            passed[step["name"]] = step | {"figures": _digest(_figures(step["name"], path.parent))}
-    if not passed:
+    """Bring the record up to date with `out`: a step that passed is kept, one that failed forgotten. Returns its path,
+    or None where `out` has no step."""
+    path, ended = benchmarks / FOLDER / STEPS, sorted(out.glob("*/step.json"))
+    if not ended:
         return None
-    path = benchmarks / FOLDER / STEPS
+    known = load(path)
+    for one in ended:
+        step = json.loads(one.read_text("utf-8"))
+        known.pop(step["name"], None)
+        if step["state"] == "ok":
+            known[step["name"]] = step | {"figures": _digest(_figures(step["name"], one.parent))}
     path.parent.mkdir(exist_ok=True)
-    known = load(path) | passed
     path.write_text("{\n" + ",\n".join(f"{json.dumps(n)}: {json.dumps(known[n])}" for n in sorted(known)) + "\n}\n")
     report = out / "report.json"
     if report.is_file() and json.loads(report.read_text("utf-8"))["whole"]:

@@ -10,10 +10,7 @@ import atexit
 import copy
 import itertools
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -124,7 +121,7 @@ def main(lab: str, exercise: str | None = None, sample: int | None = None, devic
                          f"expected one of {', '.join(e.name for e in spec.exercises)}.")
     console = Console(soft_wrap=True)
     one_of, tried = partial(_try, spec.name, device, root, sample), {}
-    with _mapping(jobs) as run:
+    with audit.mapping(jobs) as run:
         for count, refused in run(one_of, [one.name for one in chosen]):
             tried[count.exercise] = count, refused
             if not count.not_run:
@@ -141,16 +138,6 @@ def main(lab: str, exercise: str | None = None, sample: int | None = None, devic
         told = {"lab": spec.name, "ok": ok, "wrong": wrong, "exercises": [asdict(c) for c in counts]}
         json_path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     return 0 if ok else 1
-
-
-@contextmanager
-def _mapping(jobs: int) -> Iterator[Callable]:
-    """What maps a function over arguments, in so many processes."""
-    if jobs == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
 
 
 def _try(lab: str, device: str, root: Path, sample: int | None, name: str) -> tuple[Count, list[str]]:

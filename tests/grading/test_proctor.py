@@ -25,7 +25,7 @@ from effnlp_grading.records import Record, Seeds, read_record
 from effnlp_grading.sandbox import Sandbox, SandboxError, Unconfined, sandbox_error
 from effnlp_grading.scan import forbidden_in, signs_in
 
-from effnlp_lab import exercises
+from effnlp_lab import audit, exercises
 
 MASTER = master_of()
 needs_sandbox = pytest.mark.skipif(sandbox_error() is not None, reason=f"NO SANDBOX HERE: {sandbox_error()}")
@@ -104,7 +104,7 @@ def test_right_answers_pass_and_mutants_do_not(sandbox):
 @needs_sandbox
 def test_exercises_are_tried_side_by_side():
     names = ["count_pairs", "merge_pair"]
-    with mutants._mapping(2) as run:
+    with audit.mapping(2) as run:
         tried = list(run(partial(mutants._try, LAB, "cpu", ROOT, 1), names))
     assert [(count.exercise, count.tried, count.rejected, refused) for count, refused in tried] == [
         (name, 1, 1, []) for name in names
@@ -121,7 +121,7 @@ def test_what_is_refused_among_neighbours_is_tried_again_alone(monkeypatch, caps
         return mutants.Count(name, 1, 0, 1, 1), [f"{name} is refused"] if wrong else []
 
     monkeypatch.setattr(mutants, "_try", trying)
-    monkeypatch.setattr(mutants, "_mapping", lambda jobs: contextlib.nullcontext(map))
+    monkeypatch.setattr(mutants.audit, "mapping", lambda jobs: contextlib.nullcontext(map))
     assert mutants.main(LAB, jobs=2) == 1
     assert (times["count_pairs"], times["merge_pair"], times["train_bpe"]) == (1, 2, 2)
     told = capsys.readouterr().out

@@ -173,6 +173,8 @@ def test_what_is_recorded_counts_in_another_checkout_of_the_same_tree(tree, caps
     (tree / "effnlp_lab" / "room.py").write_text("answer = 43\n")
     main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True)
     assert times(tree, "a") == 2
+    main.run([counting(tree, "a", code=1)], [counting(tree, "a", code=1)], out, tree, MACHINE, force=True)
+    assert "a" not in recorded.load(recorded.keep(out, tree / "benchmarks"))  # it passed before, and fails now
     (tree / "benchmarks" / "gpu_run" / "steps.json").write_text("{")
     with pytest.raises(UsageError, match="steps.json cannot be used"):
         main.run(all_steps, all_steps, out, tree, MACHINE, go_on=True)
