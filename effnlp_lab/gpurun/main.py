@@ -32,13 +32,13 @@ def main(only: Sequence[str] = (), force: bool = False, out: Path | None = None,
         for path in filter(None, (expected.record(root / "benchmarks"), kept)):
             print(f"wrote {path.relative_to(root)}")
         return 0
+    if listed:
+        print("\n".join(f"{step.part:<11}{step.name}" for step in all_steps(root, resolve("auto", "0"))))
+        return 0
     device = resolve("cuda", "0")
     if device.kind != "cuda":  # EFFNLP_DEVICE holds for notebooks, and would send this to the CPU for hours
         raise DeviceError("The GPU run is for a CUDA device, and EFFNLP_DEVICE asks for the CPU: unset it.")
     steps = all_steps(root, device)
-    if listed:
-        print("\n".join(f"{step.part:<11}{step.name}" for step in steps))
-        return 0
     out = (out or root / "build" / "gpu").resolve()
     return run(steps, choose(steps, only), out, root, machine(device), force, go_on)
 

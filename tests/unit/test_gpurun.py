@@ -429,6 +429,12 @@ def test_solutions_at_full_size_have_ten_minutes_together(tree, monkeypatch):
     assert code == 1 and report["problems"] == ["solutions-full: 602 s in all, and at most 600 s are allowed."]
 
 
+def test_the_steps_are_named_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setenv("EFFNLP_DEVICE", "cpu")
+    assert main.main(listed=True) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()][:2] == ["tests-together", "tests-alone"]
+
+
 def test_without_a_gpu_it_refuses(monkeypatch):
     monkeypatch.setattr("effnlp_lab.device.cuda_available", lambda: False)
     monkeypatch.delenv("EFFNLP_DEVICE", raising=False)
