@@ -23,8 +23,8 @@ PARTS = {
 }
 MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
-EXERCISES_AT_ONCE = 5
-"""Of a lab whose mutants are graded."""
+GRADED_AT_ONCE = 5
+"""Exercises of a lab whose mutants are graded, and submissions of the sample class."""
 DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""
@@ -107,12 +107,11 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
 
 
 def _grading() -> list[Step]:
-    asked = ("--sample", "2", "--jobs", str(EXERCISES_AT_ONCE))
+    how = ("--device", "cuda", "--jobs", str(GRADED_AT_ONCE))
     mutants = [
-        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--device", "cuda", *asked))
-        for lab in MUTATED
+        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--sample", "2", *how)) for lab in MUTATED
     ]
-    return [*mutants, Step("sample-class", "grading", effnlp("demo", "--device", "cuda", "--out", "{folder}"))]
+    return [*mutants, Step("sample-class", "grading", effnlp("demo", *how, "--out", "{folder}"))]
 
 
 def _bench(root: Path) -> list[Step]:
