@@ -76,10 +76,14 @@ class GpuWatch:
     """Memory on the card, from outside: NVML's word on our processes, or `nvidia-smi`'s.
 
     In a container both may know processes by other numbers than ours: then what the whole card has gained since the
-    watch began counts, which is right where nobody else uses the card. Cards that CUDA_VISIBLE_DEVICES leaves out, as
-    for a worker that was given one of several, are not looked at. Nothing but MIG or MPS enforces a limit; a session
-    above it is ended, after up to a quarter of a second.
+    watch began counts, which is right where nobody else uses the card. Once a session was seen by its own number, only
+    such numbers count: one that is not named holds nothing yet. Cards that CUDA_VISIBLE_DEVICES leaves out, as for a
+    worker that was given one of several, are not looked at. Nothing but MIG or MPS enforces a limit; a session above it
+    is ended, after up to a quarter of a second.
     """
+
+    numbered = False
+    """Whether the card's processes are known to bear our numbers: found out once, for all watches."""
 
     def __init__(self) -> None:
         self._nvml = _nvml()
@@ -93,8 +97,8 @@ class GpuWatch:
 
     def begin(self) -> None:
         """A session begins: what the one before it held is forgotten, once the card has it back."""
-        until = time.monotonic() + GPU_BACK
-        while self._last and self._card() > self._before + self._last // 2 and time.monotonic() < until:
+        until = time.monotonic() + (0.0 if self.numbered else GPU_BACK)
+        while self._last and time.monotonic() < until and self._card() > self._before + self._last // 2:
             time.sleep(0.05)
         self._last, self._next = 0, 0.0
 
@@ -105,7 +109,9 @@ class GpuWatch:
         self._next = time.monotonic() + GPU_INTERVAL
         ours, known = set(tree(root)), self._by_process()
         mine = [used for process, used in known.items() if process in ours]
-        self._last = sum(mine) if mine else max(0, self._card() - self._before)
+        if any(mine):
+            GpuWatch.numbered = True
+        self._last = sum(mine) if self.numbered else max(0, self._card() - self._before)
         return self._last
 
     def _card(self) -> int:

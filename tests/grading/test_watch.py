@@ -17,6 +17,7 @@ def card(monkeypatch):
     """(used bytes by moment, a watch that sees nothing but the whole card's memory, as in a container)"""
     held = {"bytes": GIB}
     monkeypatch.setattr(watch.GpuWatch, "works", True)
+    monkeypatch.setattr(watch.GpuWatch, "numbered", False)
     monkeypatch.setattr(watch.GpuWatch, "_card", lambda self: held["bytes"])
     monkeypatch.setattr(watch.GpuWatch, "_by_process", lambda self: {})
     return held, watch.GpuWatch()
@@ -58,8 +59,27 @@ def test_a_card_that_stays_full_is_not_waited_for(card, monkeypatch):
     assert 0.2 <= time.monotonic() - begun < 2 and gpu.used(os.getpid()) == 5 * GIB
 
 
+def test_a_session_does_not_pay_for_its_neighbours(card, monkeypatch):
+    """Before it has begun to use the card, either: NVML does not name it then."""
+    held, gpu = card
+    named = {}
+    monkeypatch.setattr(watch, "GPU_INTERVAL", 0.0)
+    monkeypatch.setattr(watch.GpuWatch, "_by_process", lambda self: named)
+    held["bytes"] = 20 * GIB
+    assert gpu.used(os.getpid()) == 19 * GIB  # nobody is named: a container's processes are not
+    named |= {1: 17 * GIB, os.getpid(): 2 * GIB}
+    assert gpu.used(os.getpid()) == 2 * GIB
+    del named[os.getpid()]
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("waited for what neighbours hold"))
+    for later in (gpu, watch.GpuWatch()):
+        held["bytes"] += 17 * GIB
+        later.begin()
+        assert later.used(os.getpid()) == 0
+
+
 @pytest.mark.parametrize("shown, bytes_seen", [(None, 7 * GIB), ("0", 5 * GIB), ("GPU-one", 2 * GIB), ("1,0", 7 * GIB)])
 def test_cards_of_other_workers_do_not_count(monkeypatch, shown, bytes_seen):
+    monkeypatch.setattr(watch.GpuWatch, "numbered", False)
     held, cards = {0: 0, 1: 0}, {"GPU-zero": 0, "GPU-one": 1}
     monkeypatch.setattr(watch, "_nvml", lambda: SimpleNamespace(
         nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=lambda number: [0, 1][number],
