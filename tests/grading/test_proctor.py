@@ -165,6 +165,23 @@ def test_a_blank_notebook_of_every_lab_runs_in_its_sandbox(lab):
     assert {v["state"] for v in graded.verdicts.values()} <= {"not attempted", "not run here"}
 
 
+@needs_sandbox
+def test_the_first_checkpoint_of_a_submission_imports_nothing():
+    """torch.utils.checkpoint imports torch._dynamo when it is first called: seconds, and of the answer's own time."""
+    first = """
+import sys, torch
+from torch.utils.checkpoint import checkpoint
+before = set(sys.modules)
+checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False)
+print(len(set(sys.modules) - before))
+"""
+    with Sandbox("06_flash_attention") as room:
+        session = Connection(room, Limits())
+        said = session.run(first)
+        session.end()
+    assert said == {"error": None, "printed": "0\n"}
+
+
 def test_masks_cover_what_answers():
     assert {"effnlp_lab.tokenization", "tokenizers", "tiktoken", "flash_attn", "peft"} <= set(masked_modules(LAB))
     assert all("torch" not in masked_modules(name) for name in exercises.lab_names())
