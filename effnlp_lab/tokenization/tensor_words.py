@@ -32,6 +32,7 @@ CPU_CHUNK = 1 << 18  # bytes; the temporaries of a chunk fit a cache
 GPU_CHUNK = 1 << 25
 
 _BASE = -0x61C8864680B583EB  # any odd number: it has an inverse modulo 2**64
+_LENGTH = -0x604DE39AE16720DB  # not _BASE: a length would look like so much more in the second byte
 _INVERSE = (pow(_BASE, -1, 1 << 64) ^ (1 << 63)) - (1 << 63)  # the same bits as a signed integer
 _ASSIGNED = 0x40000  # beyond it Unicode has no letters, digits or white space
 _SAFE_CUT = regex.compile(rb"(?<=[^\s\x80-\xff\x1c-\x1f])[ \n]")
@@ -210,7 +211,7 @@ class Hasher:
         total = torch.cumsum(data * self.power[: len(data)], 0)
         upto = total[start + length - 1]
         before = torch.where(start > 0, total[(start - 1).clamp(min=0)], 0)
-        return (upto - before) * self.inverse[start] + length * _BASE
+        return (upto - before) * self.inverse[start] + length * _LENGTH
 
     def _grow(self, size: int) -> None:
         first = torch.arange(size, device=self.device) == 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFace
 from tokenizers import models, pre_tokenizers, trainers
@@ -137,6 +138,7 @@ def test_words_are_those_of_huggingface(pattern, text):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TEXTS, max_size=4), st.sampled_from([3, 17, 1 << 18]))
+@example(["¼»\0"], 3)
 def test_words_by_tensors_are_those_of_the_pattern(documents, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("effnlp_lab.tokenization.tensor_words.CPU_CHUNK", chunk)
@@ -146,6 +148,18 @@ def test_words_by_tensors_are_those_of_the_pattern(documents, chunk):
     words = [raw[end - length : end].decode() for end, length in zip(ends, lengths.tolist(), strict=True)]
     assert dict(zip(words, counts.tolist(), strict=True)) == count_words(documents)
     assert len(set(words)) == len(words)
+
+
+def test_short_words_have_hashes_of_their_own():
+    """All of up to three bytes, of an alphabet with zero and its neighbours: a longer word is no shorter one."""
+    from effnlp_lab.tokenization.tensor_words import Hasher, to_tensor
+
+    alphabet = [0, 1, 2, 3, 31, 32, 97, 98, 127, 128, 187, 188, 194, 239, 240, 244]
+    words = [bytes(word) for length in (1, 2, 3) for word in itertools.product(alphabet, repeat=length)]
+    length = torch.tensor([len(word) for word in words])
+    start = torch.cumsum(length, 0) - length
+    found = Hasher(torch.device("cpu")).words(to_tensor(b"".join(words), "cpu"), start, length)
+    assert len(found.unique()) == len(words)
 
 
 def test_equal_hashes_of_different_words_are_noticed():
