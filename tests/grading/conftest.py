@@ -1,10 +1,11 @@
-"""A small class in a course of its own, graded once and shared by all tests, on all of pytest-xdist's workers."""
+"""A small class in a course of its own, graded once and read by all tests, on all of pytest-xdist's workers."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -53,6 +54,7 @@ def master() -> Master:
 
 @pytest.fixture(scope="session")
 def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Class:
+    """To be read alone: a test on another worker may read it at the same time."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     written = {student: _answers(student, master) for student in STUDENTS}
@@ -69,6 +71,12 @@ def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Cl
             _grade_by_hand(course)
             (shared / "graded_class.done").touch()
     return Class(course, master, written)
+
+
+@pytest.fixture
+def own_class(graded_class: Class, tmp_path: Path) -> Class:
+    """A copy of the graded class, for a test that writes into it."""
+    return replace(graded_class, course=Course(Path(shutil.copytree(graded_class.course.root, tmp_path / "course"))))
 
 
 def _answers(student: str, master: Master) -> dict[str, str]:

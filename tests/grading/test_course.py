@@ -39,14 +39,13 @@ FIRST = next(e.name for e in SPEC.exercises if e.points and e.twin_of is None)
 
 
 @pytest.fixture
-def course(graded_class, tmp_path, monkeypatch) -> Course:
+def course(own_class, monkeypatch) -> Course:
     """A copy of the graded class: perfect, blank, mixed and crumbled, in a course whose zone is UTC."""
     monkeypatch.setenv("EFFNLP_TIMEZONE", "UTC")
-    monkeypatch.setenv("EFFNLP_SEED", str(graded_class.seed))
+    monkeypatch.setenv("EFFNLP_SEED", str(own_class.seed))
     monkeypatch.setenv("EFFNLP_DEVICE", "cpu")
-    shutil.copytree(graded_class.course.root, tmp_path / "course")
-    monkeypatch.chdir(tmp_path / "course")
-    return Course(tmp_path / "course")
+    monkeypatch.chdir(own_class.course.root)
+    return own_class.course
 
 
 def hand_in_late(course: Course, student: str, days: float) -> None:

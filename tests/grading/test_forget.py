@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -23,10 +22,9 @@ SETTING = "[tool.effnlp]\nkeep_days = 30\n"
 
 
 @pytest.fixture
-def course(graded_class, tmp_path, monkeypatch) -> Course:
+def course(own_class, monkeypatch) -> Course:
     """A graded class, all of its files 100 days old but mixed's; with attempts, tables, reports and returned zips."""
-    root = tmp_path / "course"
-    shutil.copytree(graded_class.course.root, root)
+    root = own_class.course.root
     grading = root / "grading"
     for student in STUDENTS:
         for place in (f"attempts/{LAB}/{student}", f"defences/{LAB}/{student}/1", f"regrades/{LAB}/count_pairs.1"):

@@ -37,22 +37,22 @@ def test_gradebook_has_the_judges_points(graded_class):
     assert any(got == most > 0 for got, most in points) and any(got == 0 < most for got, most in points)
 
 
-def test_submission_without_metadata_is_repaired_and_scored_in_full(graded_class):
+def test_submission_without_metadata_is_repaired_and_scored_in_full(own_class):
     """What an editor dropped costs no point; what was mended is told to the instructor."""
-    grades = graded_class.course.grades(graded_class.lab)
+    grades = own_class.course.grades(own_class.lab)
     judged = 0.25 + 0.19 + 0.7  # two predictions, and what a person gave the written answer (conftest.py)
-    assert grades["crumbled"].score == pytest.approx(graded_class.master.lab.checked_points + judged)
-    result = grade_class(graded_class.course, [(graded_class.lab, "crumbled")], device="cpu", force=True, jobs=1,
-                         environment={"EFFNLP_SEED": str(graded_class.seed)})[0]
-    first = graded_class.master.lab.exercises[0].name
+    assert grades["crumbled"].score == pytest.approx(own_class.master.lab.checked_points + judged)
+    result = grade_class(own_class.course, [(own_class.lab, "crumbled")], device="cpu", force=True, jobs=1,
+                         environment={"EFFNLP_SEED": str(own_class.seed)})[0]
+    first = own_class.master.lab.exercises[0].name
     assert result.state == "graded" and result.grade == grades["crumbled"]
     lost = (first, WRITTEN)
     assert result.look == tuple(f"The cell {name} had lost its metadata: it is given back." for name in lost)
 
 
-def test_what_has_not_changed_is_kept(graded_class, monkeypatch, capsys):
-    monkeypatch.chdir(graded_class.course.root / "grading")
-    page = graded_class.course.feedback("perfect", graded_class.lab)
+def test_what_has_not_changed_is_kept(own_class, monkeypatch, capsys):
+    monkeypatch.chdir(own_class.course.root / "grading")
+    page = own_class.course.feedback("perfect", own_class.lab)
     before = page.stat().st_mtime_ns
     assert main(["grade", "01", "--students", "perfect,blank"]) == 0
     said = capsys.readouterr().out
@@ -105,30 +105,30 @@ def test_written_answer_waits_for_a_person(graded_class):
         assert not book.find_grade(WRITTEN, "tokenization", lab, "blank").needs_manual_grade
 
 
-def test_export_writes_csv(graded_class, tmp_path):
-    graded_class.course.nbgrader("export")
-    with (graded_class.course.root / "grading" / "grades.csv").open() as stream:
-        rows = {row["student_id"]: row for row in csv.DictReader(stream) if row["assignment"] == graded_class.lab}
-    for student, one in graded_class.course.grades(graded_class.lab).items():
+def test_export_writes_csv(own_class, tmp_path):
+    own_class.course.nbgrader("export")
+    with (own_class.course.root / "grading" / "grades.csv").open() as stream:
+        rows = {row["student_id"]: row for row in csv.DictReader(stream) if row["assignment"] == own_class.lab}
+    for student, one in own_class.course.grades(own_class.lab).items():
         assert float(rows[student]["score"]) == one.score
-        assert float(rows[student]["max_score"]) == graded_class.master.lab.points
+        assert float(rows[student]["max_score"]) == own_class.master.lab.points
 
 
-def test_plain_autograde_gives_the_same(graded_class):
+def test_plain_autograde_gives_the_same(own_class):
     """The command as an instructor types it, in grading/ and for one student."""
-    course, lab = graded_class.course, graded_class.lab
+    course, lab = own_class.course, own_class.lab
     before = course.grades(lab)["mixed"]
     done = subprocess.run([sys.executable, "-m", "nbgrader", "autograde", lab, "--student=mixed", "--force"],
                           cwd=course.root / "grading", capture_output=True, text=True, check=False,
-                          env={**environment_with_kit(), "EFFNLP_SEED": str(graded_class.seed), "EFFNLP_DEVICE": "cpu"})
+                          env={**environment_with_kit(), "EFFNLP_SEED": str(own_class.seed), "EFFNLP_DEVICE": "cpu"})
     assert done.returncode == 0, done.stderr
     assert course.grades(lab)["mixed"] == before
     course.nbgrader("generate_feedback", lab, "--student=mixed", "--force")
 
 
-def test_formgrader_answers(graded_class, tmp_path):
+def test_formgrader_answers(own_class, tmp_path):
     """The grading page is served by `jupyter` at the course's root, with the class in it."""
-    root, token = graded_class.course.root, "a-token-of-this-test"
+    root, token = own_class.course.root, "a-token-of-this-test"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,8 +142,8 @@ def test_formgrader_answers(graded_class, tmp_path):
             address, page = _get(server, f"http://127.0.0.1:{port}/formgrader", token)
             assert address.endswith("/formgrader/manage_assignments") and "formgrader" in page
             _, listed = _get(server, f"http://127.0.0.1:{port}/formgrader/api/assignments", token)
-            ours = next(one for one in json.loads(listed) if one["name"] == graded_class.lab)
-            assert ours["num_submissions"] == 4 and ours["max_score"] == graded_class.master.lab.points
+            ours = next(one for one in json.loads(listed) if one["name"] == own_class.lab)
+            assert ours["num_submissions"] == 4 and ours["max_score"] == own_class.master.lab.points
             address, _ = _get(server, f"http://127.0.0.1:{port}/formgrader", "a wrong token")
             assert "/login?" in address
         finally:

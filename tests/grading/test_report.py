@@ -23,7 +23,7 @@ ALT = 'A line that rises: "a < b".'
 
 
 @pytest.fixture
-def shown(graded_class, tmp_path) -> demo.Demonstration:
+def shown(own_class, tmp_path) -> demo.Demonstration:
     run = tmp_path / "run"
     run.mkdir()
     Receipt("01", title="A receipt").add("baseline", seconds=2.0).add("yours", seconds=1.0).save(run)
@@ -31,13 +31,13 @@ def shown(graded_class, tmp_path) -> demo.Demonstration:
     image = f'<img src="data:image/png;base64,{data}" alt="A line that rises: &quot;a &lt; b&quot;."/>'
     output = nbformat.v4.new_output("display_data", {"text/html": image, "text/plain": "Figure"})
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])])
-    nbformat.write(notebook, run / f"{graded_class.master.lab.notebook}.ipynb")
-    lab = graded_class.lab
-    grades = graded_class.course.grades(lab)
+    nbformat.write(notebook, run / f"{own_class.master.lab.notebook}.ipynb")
+    lab = own_class.lab
+    grades = own_class.course.grades(lab)
     results = [Result(student, lab, "graded", 1.0, "", grades[student]) for student in ("perfect", "blank")]
     results.append(Result("student_1", lab, "not graded", 1.0, "the kernel <died>"))
     outcome = Outcome(lab, "ok", 3.0, folder=str(run))
-    return demo.Demonstration(graded_class.course, resolve("cpu", "1"), [graded_class.master.lab], [outcome], results)
+    return demo.Demonstration(own_class.course, resolve("cpu", "1"), [own_class.master.lab], [outcome], results)
 
 
 def test_report_is_whole_and_accessible(shown, tmp_path):
@@ -56,12 +56,12 @@ def test_report_is_whole_and_accessible(shown, tmp_path):
     assert "your answer" in tree.text and "(0.5 of baseline)" in tree.text
 
 
-def test_no_page_about_a_class_has_a_barrier(shown, graded_class, tmp_path):
+def test_no_page_about_a_class_has_a_barrier(shown, own_class, tmp_path):
     """In Chromium, by axe-core: the report, the class's report, and what nbgrader makes of our feedback."""
     page = report.write(shown, tmp_path / "report")
     feedback = sorted((page.parent / "feedback").rglob("*.html"))
     results = {result.student: result for result in shown.results}
-    about_class = write_class_report(graded_class.course, graded_class.lab, results)
+    about_class = write_class_report(own_class.course, own_class.lab, results)
     assert feedback and barriers_of(page, about_class) == {}
     ours = [".output_area", ".text_cell_render"]
     assert barriers_of(*feedback[:1], inside=ours, outside=[".anchor-link"]) == {}  # nbconvert's mark at headings
