@@ -318,16 +318,13 @@ def _warm(descriptor: int, lab: str) -> list[str]:
 
 @cache
 def _imports_of(lab: str) -> tuple[str, ...]:
-    """The modules that a lab's given cells and blanks import, for the warm parent to import once."""
-    sources, found = exercises.sources(lab), set()
-    for text in (sources["given"], *(one["blank"] for one in sources["exercises"].values())):
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import):
-                found.update(one.name for one in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module)
-    if "torch.utils.checkpoint" in found:
-        found.add("torch._dynamo")  # which a process imports at its first checkpoint
+    """The modules that a lab's given cells import, for the warm parent to import once."""
+    found = set()
+    for node in ast.walk(ast.parse(exercises.sources(lab)["given"])):
+        if isinstance(node, ast.Import):
+            found.update(one.name for one in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
     hidden = masked_modules(lab)
     return tuple(sorted(name for name in found if not any(name == m or name.startswith(m + ".") for m in hidden)))
 
