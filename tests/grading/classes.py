@@ -41,7 +41,7 @@ def make_course(folder: Path, size: int = SIZE, lab: str = LAB) -> Course:
 
 
 def copy_course(course: Course, folder: Path) -> Course:
-    """The same course elsewhere, not graded yet."""
+    """The same course elsewhere."""
     shutil.copytree(course.root, folder)
     return Course(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +14,13 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "grading"))
 
+from classes import LAB, copy_course, master_of  # noqa: E402
 from effnlp_grading import demo, sample_class  # noqa: E402
 from effnlp_grading.autograde import grade_class  # noqa: E402
 from effnlp_grading.course import Course  # noqa: E402
 
-from effnlp_lab import exercises  # noqa: E402
-from effnlp_lab.master import Master, read_master  # noqa: E402
+from effnlp_lab.master import Master  # noqa: E402
 
-LAB = "01_tokenization"
 SEED = 11
 NOISE = """
 import os, sys
@@ -49,7 +47,7 @@ class Class:
 
 @pytest.fixture(scope="session")
 def master() -> Master:
-    return read_master(ROOT / "solutions" / LAB / f"{exercises.lab(LAB).notebook}.py")
+    return master_of()
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +74,7 @@ def graded_class(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Cl
 @pytest.fixture
 def own_class(graded_class: Class, tmp_path: Path) -> Class:
     """A copy of the graded class, for a test that writes into it."""
-    return replace(graded_class, course=Course(Path(shutil.copytree(graded_class.course.root, tmp_path / "course"))))
+    return replace(graded_class, course=copy_course(graded_class.course, tmp_path / "course"))
 
 
 def _answers(student: str, master: Master) -> dict[str, str]:

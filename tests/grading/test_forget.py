@@ -43,7 +43,7 @@ def course(own_class, monkeypatch) -> Course:
         if path.is_file() and "mixed" not in str(path.relative_to(root)):
             os.utime(path, (old, old))
     monkeypatch.chdir(root)
-    return Course(root)
+    return own_class.course
 
 
 def traces(course: Course, student: str) -> list[Path]:
