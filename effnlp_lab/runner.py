@@ -299,8 +299,7 @@ def run_tests(device: str, arguments: Sequence[str]) -> int:
     workers = workers_for_tests()
     if workers == 1 or any(argument.startswith(("-n", "--numprocesses", "--pdb", "-m")) for argument in arguments):
         return _pytest([*command, *arguments], root, environment)
-    for variable in _THREAD_VARIABLES:
-        environment.setdefault(variable, str(max(1, usable_cores() // workers)))
+    environment = threads_for(workers) | environment
     spread = spread_over(workers)
     if kind == "cpu":
         return _pytest([*command, *spread, *arguments], root, environment)
@@ -317,6 +316,11 @@ def spread_over(workers: int) -> tuple[str, ...]:
 def workers_for_tests() -> int:
     """How many processes the tests are spread over."""
     return max(1, min(usable_cores(), int(free_memory_bytes() // CPU_BYTES_PER_NOTEBOOK), MOST_WORKERS))
+
+
+def threads_for(workers: int) -> dict[str, str]:
+    """The environment in which so many processes share the cores."""
+    return dict.fromkeys(_THREAD_VARIABLES, str(max(1, usable_cores() // workers)))
 
 
 def _pytest(command: Sequence[str], root: Path, environment: dict[str, str]) -> int:

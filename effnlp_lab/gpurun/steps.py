@@ -13,7 +13,7 @@ from effnlp_lab.gpurun import findings
 from effnlp_lab.gpurun.findings import Found
 from effnlp_lab.gpurun.imports import imported
 from effnlp_lab.notebook.bench import needs, suites
-from effnlp_lab.runner import find_notebooks, notebooks_a_card, spread_over, workers_for_tests
+from effnlp_lab.runner import find_notebooks, notebooks_a_card, spread_over, threads_for, workers_for_tests
 
 PARTS = {
     "tests": "the tests under tests/gpu",
@@ -75,9 +75,10 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def _tests() -> list[Step]:
-    spread = spread_over(workers_for_tests())
+    workers = workers_for_tests()
+    together = _pytest("tests/gpu", "-m", "not alone", *spread_over(workers))
     return [
-        Step("tests-together", "tests", _pytest("tests/gpu", "-m", "not alone", *spread), findings.pytest),
+        Step("tests-together", "tests", together, findings.pytest, environment=threads_for(workers)),
         Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest),
     ]
 
@@ -96,12 +97,13 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
                     findings.notebooks if released else findings.solutions(root),
                     reads=("effnlp_lab", "labs" if released else "solutions"))  # fmt: skip
 
-    compared = _pytest("tests/notebooks/test_run.py", "-k", "test_solution",
-                       *spread_over(min(at_once[True], len(labs))))  # fmt: skip
+    workers = min(at_once[True], len(labs))
+    compared = _pytest("tests/notebooks/test_run.py", "-k", "test_solution", *spread_over(workers))
     return [
         run("solutions-full", *by_time, "--full"), run("labs-full", "--student", "--full"),
         run("labs-fast", "--student", "--fast"),
-        Step("solutions-fast", "notebooks", compared, findings.pytest, environment={"EFFNLP_FAST": "1"},
+        Step("solutions-fast", "notebooks", compared, findings.pytest,
+             environment={"EFFNLP_FAST": "1"} | threads_for(workers),
              reads=("effnlp_lab", "solutions", "tests/notebooks")),
     ]  # fmt: skip
 

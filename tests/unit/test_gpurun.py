@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from effnlp_lab import cli
+from effnlp_lab import cli, runner
 from effnlp_lab.device import Device
 from effnlp_lab.errors import DeviceError, UsageError
 from effnlp_lab.gpurun import expected, findings, main, recorded, steps
@@ -398,7 +398,7 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
     assert sorted(word for word in full if word in labs) == sorted(labs) and full[4].startswith("04_")
     jobs = {name: words[words.index("--jobs") + 1] for name, words in command.items() if "--jobs" in words}
     assert jobs == {"solutions-full": "4", "labs-full": "4", "labs-fast": "13"}
-    assert next(step for step in planned if step.name == "solutions-fast").environment == {"EFFNLP_FAST": "1"}
+    assert next(step for step in planned if step.name == "solutions-fast").environment["EFFNLP_FAST"] == "1"
     benches = {step.name.removeprefix("bench-"): step.command for step in planned if step.part == "bench"}
     assert benches.keys() == suites(ROOT / "benchmarks").keys()
     assert "cpu" in benches["grading"] and "cuda" in benches["attention"] and "cpu" in benches["streaming"]
@@ -407,6 +407,16 @@ def test_the_steps_name_every_lab_every_benchmark_and_files_that_exist():
         if "effnlp_lab" in step.command:
             assert step.read is not findings.pytest
     assert (ROOT / "Makefile").read_text().count("-m effnlp_lab gpu ") == 1
+
+
+def test_tests_that_run_side_by_side_share_the_cores(monkeypatch):
+    """Ten notebooks with a thread for each of 16 cores would wait for one another."""
+    monkeypatch.setattr(runner, "usable_cores", lambda: 32)
+    spread = [step for step in steps.all_steps(ROOT, GPU) if "-n" in step.command]
+    assert {step.name for step in spread} == {"tests-together", "solutions-fast"}
+    for step in spread:
+        workers = int(step.command[step.command.index("-n") + 1])
+        assert int(step.environment["OMP_NUM_THREADS"]) == 32 // workers > 1
 
 
 def test_the_steps_are_commands_that_the_command_line_knows(monkeypatch):
