@@ -8,13 +8,14 @@ https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from effnlp_lab.side_stream import side_stream
 
 WARM_UP = 3
 """Calls that run as they are: kernels are compiled, the optimizer makes its states, libraries take their workspaces."""
@@ -50,7 +51,7 @@ class Replayed:
         here = torch.cuda.current_stream()
         if not self._calls:
             self._inputs = [tensor.clone() for tensor in tensors]
-        aside = _stream(here.device)
+        aside = side_stream(here.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside), _waits() as waits:
             self._step(*tensors)
@@ -64,7 +65,7 @@ class Replayed:
     def _record(self) -> None:
         here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=_stream(here.device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side_stream(here.device), capture_error_mode="thread_local"):
                 self._step(*self._inputs)
             self._graph = graph
         except Exception as error:  # a step may do anything; what is wrong with it in itself shows in the next call
@@ -74,12 +75,6 @@ class Replayed:
     @staticmethod
     def _shapes(tensors: list[Tensor] | tuple[Tensor, ...]) -> list[torch.Size]:
         return [tensor.shape for tensor in tensors]
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all steps: for each stream that it meets, cuBLAS takes a workspace and keeps it (32 MiB on an H100)."""
-    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

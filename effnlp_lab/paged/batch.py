@@ -20,7 +20,8 @@ class Batch:
     ids and positions [total], and slots [total], the place of each token in the cache (page * page_size + place);
     block_tables [any, columns] int32, of which sequence i uses row rows[i]; lengths [batch] int32 counts the tokens of
     a sequence with the new ones, which are starts[i] to starts[i + 1] (int32) of ids. most_queries and longest, known
-    on the host, bound the new tokens and the lengths. `uniform`: every sequence has as many new tokens.
+    on the host, bound the new tokens and the lengths. `uniform`: every sequence has as many new tokens. splits: in how
+    many shares the kernel cuts the keys (None: as many as fill the card).
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class Batch:
     most_queries: int
     longest: int
     uniform: bool = False
+    splits: int | None = None
 
     @classmethod
     def of(cls, sequences: Many[Sequence], tokens: Many[Many[int]], device: torch.device | str) -> Batch:

@@ -58,7 +58,7 @@ class FusedOperations(PlainOperations):
         return kernels.paged_attention(
             q, *pages, batch.block_tables, batch.lengths, rows=batch.rows, starts=batch.starts,
             most_queries=batch.most_queries, longest=batch.longest, window=window, sinks=self.model.sinks,
-            q_sink=q_sink, ragged=True, settled=True,
+            q_sink=q_sink, splits=batch.splits, ragged=True, settled=True,
         )  # fmt: skip
 
     def feed_forward(self, mlp: nn.Module, x: Tensor) -> Tensor:

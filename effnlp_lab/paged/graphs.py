@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from effnlp_lab.side_stream import side_stream
+
 
 class CapturedStep:
     """Records `step()`, which reads and writes tensors that stay where they are, and returns what it returns.
@@ -16,14 +18,15 @@ class CapturedStep:
     """
 
     def __init__(self, step: Callable[[], Tensor], pool: tuple[int, int] | None = None) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        here = torch.cuda.current_stream()
+        aside = side_stream(here.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
             for _ in range(2):
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
+        here.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=aside):
             self.output = step()
 
     def replay(self) -> Tensor:

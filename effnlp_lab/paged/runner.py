@@ -7,7 +7,7 @@ stays on the device; the host learns of the tokens when it asks for them (`Fligh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from effnlp_lab.paged.sizes import pages_for
 MODES = ("greedy", "sampled", "filtered")
 INPUTS = 4
 """What a decoding step is told of each row: slot, position, place in the cache, length."""
-WARM_UP_TOKENS = (1, 2, 4, 8, 16, 64, 256)
+WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+"""Of a prompt: from one row of an attention tile to more than fill it, whatever heads share it."""
+SHARES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass
@@ -115,15 +117,25 @@ class Runner:
         inputs.copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
         return self._send(requests, step.replay())
 
+    @torch.no_grad()
     def warm_up(self, modes: Sequence[str] = ("greedy",)) -> None:
-        """Compile kernels and record the decoding steps of all sizes now rather than when they are first needed."""
-        for count in WARM_UP_TOKENS:
-            span = range(min(count, self.max_length))
-            batch = Batch.from_lists([0] * len(span), [span], self.block_tables, [self.max_batch], self.cache.page_size)
-            self.model.logits(self.model.forward(batch, self.cache)[-1:])
-        for size in reversed(self.sizes) if self.cuda_graphs else ():
-            for mode in modes:
+        """Compile kernels and record the decoding steps of all sizes now rather than when they are first needed.
+
+        Attention is compiled for every size of its tile, with the keys in one piece and split, and the merge of the
+        shares for every power of two of them.
+        """
+        for count in sorted({min(n, self.max_length) for n in WARM_UP_TOKENS}):
+            batch = Batch.from_lists([0] * count, [range(count)], self.block_tables, [self.max_batch],
+                                     self.cache.page_size)  # fmt: skip
+            for splits in SHARES if count == 1 else SHARES[:2]:
+                hidden = self.model.forward(replace(batch, splits=splits), self.cache)
+        slots = to_device([self.max_batch], self.model.device)
+        for mode in modes:
+            self._choose(self.model.logits(hidden[-1:]), slots, slots * 0, mode)
+            for size in reversed(self.sizes) if self.cuda_graphs else ():
                 self._step(size, mode)
+        if not self.cuda_graphs:
+            self._decode(to_device(self._padding, self.model.device, torch.int32), modes[0], self.max_length)
 
     def _step(self, size: int, mode: str) -> tuple[Tensor, CapturedStep]:
         """The inputs [INPUTS, size] and the recorded step for them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import gc
 import inspect
 import itertools
 import random
@@ -14,8 +16,11 @@ from effnlp_lab import paged
 from effnlp_lab.course.models import load_model, load_tokenizer
 from effnlp_lab.paged import Batch, BlockManager, Engine, PagedModel, SamplingParams, Sequence
 from effnlp_lab.paged import attention as kernels
+from effnlp_lab.paged.kernels import merge_pages_kernel, paged_kernel, write_kernel
+from effnlp_lab.paged.kernels_layer import gate_kernel, greedy_kernel, norm_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KERNELS = (paged_kernel, merge_pages_kernel, write_kernel, gate_kernel, greedy_kernel, norm_kernel)
 HEAD_DIMS = (32, 64, 80, 128, 256)
 SHAPES_A_GROUP = 24
 TIE = 2e-4
@@ -283,6 +288,38 @@ def test_cuda_graphs_give_what_eager_steps_give(model, prompts, sampling):
         assert sum(a != b for a, b in zip(*texts, strict=True)) <= 1
     else:
         check_equal(model, prompts[:11], *texts)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"pages": 170, "chunk": 96, "max_batch": 64, "max_length": 800}, {"cuda_graphs": False, "max_batch": 48},
+    {"window": 100, "sinks": 4, "max_length": 800},
+], ids=["all", "preempted and chunked", "eager", "window"])  # fmt: skip
+def test_nothing_is_compiled_after_the_warm_up(model, prompts, monkeypatch, options):
+    """A server's first requests must not wait for a compiler. Triton's own caches of kernels tell."""
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "device_caches", collections.defaultdict(kernel.create_binder))
+
+    def compiled():
+        return {kernel.fn.__name__: len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in KERNELS}
+
+    engine = Engine(model, **options)
+    engine.warm_up()
+    warm = compiled()
+    engine.generate(prompts, SamplingParams(max_new_tokens=12))
+    assert all(warm.values()) and compiled() == warm
+
+
+def test_all_sizes_are_recorded_on_one_stream(model):
+    """For each stream that it meets, cuBLAS keeps a workspace: here at most as many as for four."""
+    torch._C._cuda_clearCublasWorkspaces()
+    engine = Engine(model, max_batch=256, max_length=512)
+    engine.warm_up()
+    assert len(engine.runner.sizes) > 20
+    del engine
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    assert 0 < before - torch.cuda.memory_allocated() <= 4 * 33 * 2**20
 
 
 def test_a_seed_gives_the_same_text_whatever_is_served_beside_it(model, prompts):

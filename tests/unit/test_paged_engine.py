@@ -19,6 +19,7 @@ from transformers import (
 )  # fmt: skip
 
 from effnlp_lab import paged
+from effnlp_lab.attention.configurations import Tile
 from effnlp_lab.course.models import load_model, load_tokenizer
 from effnlp_lab.errors import UsageError
 from effnlp_lab.paged import Batch, BlockManager, Engine, RequestError, SamplingParams, Sequence
@@ -142,6 +143,31 @@ def test_the_fused_operations_give_the_same(monkeypatch):
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     first = model.model.layers[0].self_attn
     assert first.k_proj.weight.data_ptr() == first.q_proj.weight.data_ptr() + first.q_proj.weight.numel() * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 24, "sinks": 2}], ids=["all keys", "window"])
+def test_a_warm_engine_starts_no_kernel_of_another_kind(monkeypatch, options):
+    """What a kernel is compiled for: its constants, its tile and its arguments' types. In Triton's interpreter."""
+    from effnlp_lab.paged import attention, runner, tiles
+
+    assert runner.SHARES[-1] == tiles.MAX_SPLITS
+    monkeypatch.setattr(runner, "SHARES", runner.SHARES[:3])  # the interpreter takes long, and at most 3 shares
+    monkeypatch.setattr(tiles, "INTERPRETED", Tile(8, 16, 4, 1))
+    start, kinds = attention._start, set()
+
+    def noted(kernel, grid, tile, *arguments, **constants):
+        types = tuple(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in arguments)
+        kinds.add((kernel.fn.__name__, tile, types, tuple(constants.items())))
+        start(kernel, grid, tile, *arguments, **constants)
+
+    monkeypatch.setattr(attention, "_start", noted)
+    engine = Engine(tiny(num_hidden_layers=1), chunk=24, max_length=48, page_size=16, fused=True, **options)
+    engine.warm_up()
+    warm, prompts = set(kinds), [ids(n, n) for n in (3, 40, 17, 1)]
+    kinds.clear()
+    engine.generate([*prompts, prompts[1]], SamplingParams(max_new_tokens=4))
+    assert engine.stats.cached or options
+    assert kinds and kinds <= warm, kinds - warm
 
 
 def test_forward_append_and_truncate_for_several_tokens_a_step(model, tokenizer):
