@@ -20,8 +20,8 @@ from effnlp_lab.exercises.spec import Lab
 
 Kind = Literal["prose", "parameters", "given", "exercise", "check", "demo", "predict", "written"]
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-_ROW = re.compile(r"^\|[^|]+\| `(\w+)`[^|]*\| ([^|]+?) \| ([^|]+?) \| (\d) of 5 \|$", re.MULTILINE)
-_LINE = re.compile(r"^\*(.+?), about (\d+) minutes, difficulty (\d) of 5\.\*", re.MULTILINE)
+_ROW = re.compile(r"^\|[^|]+\| `(\w+)`[^|]*\| ([^|]+?) \| ([^|]+?) \| (\d) of 5 \|$")
+_LINE = re.compile(r"^\*(.+?), about (\d+) minutes, difficulty (\d) of 5\.\*")
 KEYS = {"exercise", "check", "tags", "needs", "predict", "written"}
 TAGS = {"parameters", "demo", "nbval-check-output"}
 
@@ -250,23 +250,26 @@ def _no_demo_names(master: Master) -> None:
 
 def _figures_are_the_specs(master: Master) -> None:
     """Points, minutes and difficulty in the table at the top and under an exercise's heading are those of the spec."""
+    faults = []
     for place, cell in enumerate(master.cells):
-        if cell.kind != "prose":
-            continue
-        following = next((c.name for c in master.cells[place:] if c.kind == "exercise"), None)
-        said = [(row[0], row[1:], "| {0} | {1} | {2} of 5 |") for row in _ROW.findall(cell.source)]
-        said += [(following, line, "*{3}, about {1} minutes, difficulty {2} of 5.*")
-                 for line in _LINE.findall(cell.source) if following]
-        for name, figures, form in said:
+        following = next((c.name for c in master.cells[place:] if c.kind == "exercise"), "")
+        for number, line in enumerate(cell.source.splitlines() if cell.kind == "prose" else (), cell.first_line + 1):
+            if said := _ROW.match(line):
+                (name, *figures), form = said.groups(), "| {0} | {1} | {2} of 5 |"
+            elif said := _LINE.match(line):
+                name, figures, form = following, said.groups(), "*{3}, about {1} minutes, difficulty {2} of 5.*"
+            else:
+                continue
             spec = next((e for e in master.lab.exercises if e.name == name), None)
             if spec is None:
                 continue
             worth = "badge" if spec.kind == "stretch" else f"{spec.points:g}"
             spelt = "A badge" if spec.kind == "stretch" else f"{worth} point{'' if spec.points == 1 else 's'}"
-            right = (spelt if "{3}" in form else worth, str(spec.minutes), str(spec.difficulty))
-            if tuple(figures) != right:
+            if (*figures,) != (spelt if "{3}" in form else worth, str(spec.minutes), str(spec.difficulty)):
                 wanted = form.format(worth, spec.minutes, spec.difficulty, spelt)
-                _fail(master.path, cell.first_line, f"the prose on {name!r} is not what its spec says: write {wanted}")
+                faults.append(f"line {number}: the prose on {name!r} is not what its spec says: write {wanted}")
+    if faults:
+        raise MasterError(f"{master.path.name}, {'; '.join(faults)}")
 
 
 def _room_stays_out(master: Master) -> None:

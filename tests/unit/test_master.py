@@ -140,6 +140,8 @@ def test_warnings_and_dead_widgets_are_not_carried(master, tmp_path):
         ([("# # Toy", "# | 1 | `count`: count (or not) | 1 | 15 | 1 of 5 |")], r"write \| 1 \| 10 \| 1 of 5 \|"),
         ([("# # Toy", "# *4 points, about 10 minutes, difficulty 2 of 5.* Go on.")],
          "'softmax' is not what .* difficulty 1"),
+        ([("# # Toy", "# | 1 | `count`: x | 2 | 10 | 1 of 5 |\n#\n# *A badge, about 10 minutes, difficulty 1 of 5.*")],
+         r"py, line 2: the prose on 'count' .* 1 of 5 \|; line 4: the prose on 'softmax' .* write \*4 points, about"),
         ([('exercise="count"', 'exercize="count"')], "unknown key 'exercize'"),
         ([('exercise="count"', 'exercise="counts"')], "unknown exercise 'counts'"),
         ([('exercise="count"', 'exercise="softmax"')], "a second exercise cell is called 'softmax'"),
