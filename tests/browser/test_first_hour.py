@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,68 +11,29 @@ from typing import Any
 
 import nbformat
 import pytest
-from browsing import NO_CHROMIUM, barriers, chromium
+from browsing import SECONDS, barriers, chromium, jupyterlab
 
 from effnlp_lab import exercises
-from effnlp_lab.doctor import chromium_path
 from effnlp_lab.exercises.reference import Mistake
 from effnlp_lab.master import read_master, solution_source
-from effnlp_lab.runner import kill_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB, EXERCISE = "01_tokenization", "measure_tokens"
 NAME = f"{exercises.lab(LAB).notebook}.ipynb"
 RELEASE = ROOT / "labs" / LAB / NAME
-SECONDS = 60.0  # for any one step, on a machine that does much else
 OURS = (".jp-OutputArea-output", ".jp-MarkdownOutput")  # what the kit writes: outputs and prose
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 
-SETTINGS = {  # every cell is in the page, seen or not; nothing is fetched; no dialog about news
-    "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"},
-    "docmanager-extension/plugin": {"autosave": False},
-}
-
 
 @pytest.fixture
-def jupyterlab(tmp_path: Path) -> Iterator[str]:
-    """The address of a JupyterLab of its own, whose folder holds the released lab; it ends with its kernels."""
-    if chromium_path() is None:
-        pytest.skip(NO_CHROMIUM)
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a JupyterLab whose folder holds the released lab."""
     course = tmp_path / "course"
     course.mkdir()
     shutil.copy(RELEASE, course)
-    for name, values in SETTINGS.items():
-        path = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-           "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
-    environment = dict(os.environ, EFFNLP_DEVICE="cpu", EFFNLP_FAST="1", EFFNLP_SEED="7",
-                       **{name: str(tmp_path / folder) for name, folder in own.items()})
-    for name in ("EFFNLP_STUDENT", "EFFNLP_STRICT", "EFFNLP_GRADING"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0",
-               "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={course}", "--IdentityProvider.token=",
-               "--LabApp.expose_app_in_browser=True"]
-    with (tmp_path / "jupyter.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=course, env=environment, stdin=subprocess.DEVNULL,
-                                  stdout=log, stderr=log)  # fmt: skip
-        try:
-            yield _address(server, tmp_path)
-        finally:
-            kill_tree(server)
-
-
-def _address(server: subprocess.Popen, folder: Path) -> str:
-    """Where the server listens: the system chose the port."""
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until and server.poll() is None:
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", (folder / "jupyter.log").read_text())
-        if found and found.group(1) != "0":
-            return found.group(0)
-        time.sleep(0.1)
-    raise AssertionError(f"JupyterLab did not start:\n{(folder / 'jupyter.log').read_text()}")
+    unset = dict.fromkeys(("EFFNLP_STUDENT", "EFFNLP_STRICT", "EFFNLP_GRADING"))
+    with jupyterlab(course, tmp_path, EFFNLP_DEVICE="cpu", EFFNLP_FAST="1", EFFNLP_SEED="7", **unset) as address:
+        yield address
 
 
 class Notebook:
@@ -150,14 +107,14 @@ def solution_and_mistake() -> tuple[str, str, Mistake]:
     return solution_source(master.exercise_cell(EXERCISE)), wrong, mistake
 
 
-def test_a_students_first_hour(jupyterlab):
+def test_a_students_first_hour(address):
     solved, wrong, mistake = solution_and_mistake()
     exercise, check = f"exercise-{EXERCISE}", f"check-{EXERCISE}"
     with chromium() as browser:
         page = browser.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        lab = Notebook(page, jupyterlab)
+        lab = Notebook(page, address)
         names = list(lab.code)
 
         said = [lab.run(name) for name in names[: names.index(exercise)]]
