@@ -351,6 +351,13 @@ def gradebook(course: Course, semester: Semester) -> dict[tuple[str, str], tuple
             for lab in semester.labs for student, grade in course.grades(lab).items()}
 
 
+def hand_ins_left(course: Course, semester: Semester) -> int:
+    """How many are not in the gradebook yet."""
+    graded = {(lab, student) for lab in semester.labs for student in course.grades(lab)}
+    return sum((lab, one.person.id) not in graded for place, lab in enumerate(semester.labs)
+               for one in semester.hand_ins(place))
+
+
 def is_same(one: dict, other: dict) -> bool:
     """Equal but for the last bits of sums."""
     return one.keys() == other.keys() and all(
