@@ -31,7 +31,7 @@ GRADER = Path(__file__).resolve().parent
 MARK = ".effnlp-release.json"
 README = Path(__file__).with_name("student_readme.md")
 INSTRUCTORS = {"audit.py", "build.py", "gpurun", "master.py", "mutate.py", "mutation", "new_lab.py", "new_lab_texts.py",
-               "opening.py", "pages.py", "policy.py", "settings.py"}  # of effnlp_lab
+               "opening.py", "pages.py"}  # of effnlp_lab
 PLAIN_FILES = ("LICENSE", "LICENSE-prose", "constraints.txt", "docs/machines.md", ".gitattributes")
 SECTIONS_LEFT_OUT = ("[tool.ruff", "[tool.pytest", "[tool.effnlp")
 EXTRAS_LEFT_OUT = ("grading", "test")

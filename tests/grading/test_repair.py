@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -15,6 +16,7 @@ from effnlp_grading.plan import steps_of
 from effnlp_grading.repair import RepairError, read_submission, repair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nbgrader.utils import compute_checksum
 
 from effnlp_lab import opening
 from effnlp_lab.build import release_notebook
@@ -72,6 +74,27 @@ def _edit_checks(notebook):
     for cell in notebook.cells:
         if cell.metadata.get("nbgrader", {}).get("grade"):
             cell.source = "10.0"
+
+
+def test_what_an_older_release_said_is_left_out():
+    """Points changed, so that prose was written anew: a page must not say both. What a student wrote stays."""
+    def older(cell):
+        more = "\n# an older word" if cell.kind in ("prose", "given", "demo") else ""
+        return replace(cell, source=cell.source + more, identity=cell.identity and cell.identity + more)
+
+    before = release_notebook(replace(MASTER, cells=tuple(map(older, MASTER.cells))))
+    submitted = sample_class.submission(before, ANSWERS)
+    prose = [cell for cell in submitted.cells if cell.cell_type == "markdown"]
+    prose[3].source += "\nA student's word."
+    changed, forged = [cell for cell in submitted.cells if cell.metadata.get("nbgrader", {}).get("points")][:2]
+    changed.metadata.nbgrader.points = forged.metadata.nbgrader.points = 9.0
+    changed.metadata.nbgrader.checksum = compute_checksum(changed)
+    rebuilt = repair(submitted, RELEASE)
+    told = [sentence for sentence in rebuilt.mended if "metadata" in sentence]
+    assert len(told) == 1 and forged.metadata.nbgrader.grade_id in told[0]
+    done = rebuilt.notebook
+    assert [cell.source for cell in done.cells if "older word" in cell.source] == [prose[3].source]
+    assert answers_of(done) == ANSWERS and is_whole(done)
 
 
 @pytest.mark.parametrize("damage", [_drop_metadata, _drop_metadata_and_ids, _shuffle, _double, _delete_given,
