@@ -1,14 +1,16 @@
 """nbgrader's feedback pages, made in a fraction of the time: what is the same in every submission is rendered once.
 
 nbconvert renders each page's prose and given code anew, and parses the whole page again for attributes of elements that
-nbgrader's template does not have. Here rendered pieces are kept by their text, and the page is left as it is. It ends
-in a comment on what it says of grades, so that a page is known to be older than what a person gave since.
+nbgrader's template does not have. Here rendered pieces are kept by their text, and the page is left as it is, but for
+names in its table of contents and borders of its tables. It ends in a comment on what it says of grades, so that a page
+is known to be older than what a person gave since.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,6 +25,14 @@ from nbconvert.filters.widgetsdatatypefilter import WidgetsDataTypeFilter
 from nbformat import NotebookNode
 
 KEPT = 4_000  # rendered pieces
+STYLE = """<style>
+.rendered_html table { margin: 0.5em 0 1em; }
+.rendered_html th, .rendered_html td { border: 1px solid #949494; padding: 0.2em 0.6em; text-align: left; }
+</style>
+"""
+KINDS = {"comment-written_": "Comment on written answer ", "comment-": "Comment on ", "test_": "",
+         "predict_": "Prediction ", "written_": "Written answer "}  # fmt: skip
+_NAMELESS = re.compile(rf'(<a href="#({"|".join(KINDS)})(\w+)">)(?:Test cell|Written response|Comment)(?=</a>)')
 _markdown: dict[str, str] = {}
 
 
@@ -80,6 +90,8 @@ class FeedbackExporter(HTMLExporter):
         self.register_filter("filter_data_type", WidgetsDataTypeFilter(
             notebook_metadata=self._nb_metadata, parent=self, resources=resources))
         page, resources = TemplateExporter.from_notebook_node(self, nb, resources, **named)
+        page = page.replace("</head>", f"{STYLE}</head>", 1)
+        page = _NAMELESS.sub(lambda link: f"{link[1]}{KINDS[link[2]]}{link[3]}", page)
         return f"{page}\n{self._mark}\n", resources
 
     def _preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
