@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from effnlp_grading.course import Course, Grade
 from effnlp_grading.preprocessors import record_path
 from effnlp_grading.pseudonyms import Pseudonyms
-from effnlp_grading.records import read_record
+from effnlp_grading.records import read_lines
 from effnlp_grading.results import Result
 from effnlp_lab import exercises
 from effnlp_lab.exercises.spec import Lab
@@ -47,8 +47,10 @@ def write_class_report(course: Course, lab: str, results: Mapping[str, Result],
     folder = course.root / "grading" / "reports" / lab / ("pseudonyms" if pseudonyms else "")
     folder.mkdir(parents=True, exist_ok=True)
     grades = course.grades(lab)
-    kept = {student: read_record(record_path(course.root / "grading", lab, student)) for student in grades}
-    look = needs_a_person(results, kept)
+    lines = {student: read_lines(record_path(course.root / "grading", lab, student)) for student in grades}
+    kept = {student: [line for line in each if "exercise" in line] for student, each in lines.items()}
+    waiting = [student for student in course.students(lab) if student not in {*grades, *results}]
+    look = needs_a_person(results, lines, waiting)
     if pseudonyms:
         look = [(pseudonyms.of(student), pseudonyms.hide(sentence, grades)) for student, sentence in look]
         write_points_csv(spec, grades, pseudonyms, folder / "points.csv")
@@ -94,12 +96,17 @@ def band(got: float, most: float) -> str:
     return "up to half" if got <= most / 2 else "more than half"
 
 
-def needs_a_person(results: Mapping[str, Result], kept: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
-    """(student, sentence): submissions that could not be graded or were mended, and whatever was odd about them."""
+def needs_a_person(results: Mapping[str, Result], lines: Mapping[str, list[dict[str, Any]]],
+                   waiting: Sequence[str] = ()) -> list[tuple[str, str]]:  # fmt: skip
+    """(student, sentence): submissions that could not be graded or were mended, and whatever was odd about them.
+
+    results: of this run; lines: what is on disk of all that were ever graded; waiting: who was not.
+    """
     found = [(r.student, r.message) for r in results.values() if r.state == "not graded"]
+    found += [(student, "not graded yet, or could not be: see `effnlp grade`") for student in waiting]
     found += [(r.student, sentence) for r in results.values() for sentence in r.look]
-    found += [(student, sentence) for student, verdicts in kept.items() for v in verdicts for sentence in
-              v.get("look", [])]
+    found += [(student, sentence) for student, each in lines.items() for line in each
+              for sentence in line.get("look", [])]
     return list(dict.fromkeys(found))
 
 

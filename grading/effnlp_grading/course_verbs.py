@@ -113,6 +113,7 @@ def regrade_verb(
 
     Keeps graders' own points, and lowers nobody's without --allow-lower. May be stopped: the same command goes on.
     """
+    from effnlp_grading.class_report import write_class_report
     from effnlp_grading.preprocessors import wants_sandbox
     from effnlp_grading.progress import progress
     from effnlp_grading.regrade import regrade, table
@@ -124,6 +125,7 @@ def regrade_verb(
                           scheduler=scheduler, confined=sandbox and wants_sandbox(), show=show, say=print)
     for line in table(changes):
         print(line)
+    print(f"The class: {write_class_report(course, name, {})}")
     raise typer.Exit(1 if any(one.before is None for one in changes) else 0)
 
 

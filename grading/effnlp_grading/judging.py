@@ -67,10 +67,10 @@ def judge_task(task: Task) -> Judged:
         path = Path(task.record) if task.record and Path(task.record).parent.parent.is_dir() else None
         record = Record(path, digest_of(steps), {"student": task.student})
         sandbox = sandbox_of(task.lab, task.device, task.confined)
-        graded = Proctor(sandbox, Seeds(task.key), task.limits, task.device).grade(whole.notebook, task.student, record)
-        look = tuple([*whole.sentences, *graded.look])
+        proctor = Proctor(sandbox, Seeds(task.key), task.limits, task.device)
+        graded = proctor.grade(whole.notebook, task.student, record, whole.sentences)
         return Judged(task.lab, task.student, record.verdicts, record.predictions, record.done or {}, record.digest,
-                      graded.seconds, look)
+                      graded.seconds, tuple(graded.look))
 
 
 def grade(submission: str | os.PathLike, lab: str | None = None, *, student: str = "student", device: str = "auto",
@@ -90,9 +90,8 @@ def grade(submission: str | os.PathLike, lab: str | None = None, *, student: str
     kind = resolve(device).kind
     whole = repair(read_submission(path.read_bytes(), path.name), nbformat.read(released, as_version=4), path.name)
     with open_sandbox(spec.name, kind, sandbox) as room:
-        graded = Proctor(room, Seeds(os.urandom(32)), limits, kind).grade(whole.notebook, student)
-    graded.look[:0] = whole.sentences
-    return graded
+        proctor = Proctor(room, Seeds(os.urandom(32)), limits, kind)
+        return proctor.grade(whole.notebook, student, mended=whole.sentences)
 
 
 def _settings_of(task: Task) -> dict[str, str]:

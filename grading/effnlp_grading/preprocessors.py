@@ -68,6 +68,7 @@ class RepairFromRelease(NbGraderPreprocessor):
         done = repair(notebook, nbformat.read(release, as_version=4), f"The submission of {where['student']}")
         for sentence in done.sentences:
             self.log.warning("%s: %s", where["student"], sentence)
+        resources["effnlp_mended"] = done.sentences
         return done.notebook, resources
 
 
@@ -97,7 +98,7 @@ class GradeInProctor(NbGraderPreprocessor):
         else:
             proctor = Proctor(sandbox_of(lab.name, device, self.sandbox and wants_sandbox()), Seeds.of_course(folder),
                               device=device)
-            graded = proctor.grade(notebook, where["student"], record)
+            graded = proctor.grade(notebook, where["student"], record, resources.get("effnlp_mended", ()))
         write_verdicts(notebook, graded)
         show_rubrics(notebook, Path(self.course) / "solutions" / lab.name / f"{lab.notebook}.ipynb")
         for reason in graded.look:

@@ -67,15 +67,17 @@ class Proctor:
         self.gpu = GpuWatch() if device == "cuda" else None
         self.variant: dict[str, str] | None = None  # in place of the student's own
 
-    def grade(self, notebook: NotebookNode, student: str, record: Record | None = None) -> Graded:
+    def grade(self, notebook: NotebookNode, student: str, record: Record | None = None,
+              mended: Sequence[str] = ()) -> Graded:  # fmt: skip
         """Judge every exercise whose check is in `notebook`. Never raises for anything that a submission does.
 
-        What `record` holds of the same text is not judged again. Raises SandboxError where there can be no sandbox.
+        What `record` holds of the same text is not judged again. `mended`: what was done to the notebook before, for a
+        person to look at. Raises SandboxError where there can be no sandbox.
         """
         steps = steps_of(notebook, self.lab)
         graded = Graded(self.lab.name, student, digest_of(steps))
         record = record if record is not None else Record(None, graded.digest)
-        graded.look = signs_in(steps)
+        graded.look = [*mended, *signs_in(steps)]
         one = _Submission(self, steps, graded)
         began = time.monotonic()
         try:

@@ -153,6 +153,12 @@ def test_what_was_mended_needs_a_person(undisturbed, tmp_path):
     assert "had lost its metadata" in result.look[0]
     page = write_class_report(course, LAB, {student: result}).read_text("utf-8")
     assert "had lost its metadata" in page
+    again = grade_class(course, [(LAB, student)], device="cpu")[0]
+    assert again.state == "kept"
+    for later in ({student: again}, {}):  # it still does when grading goes on after a stop, and in `effnlp report`
+        assert "had lost its metadata" in write_class_report(course, LAB, later).read_text("utf-8")
+    shutil.copytree(course.submission(student, LAB).parent, course.submission("newcomer", LAB).parent)
+    assert "newcomer</th><td>not graded yet" in write_class_report(course, LAB, {}).read_text("utf-8")
     course.submission(student, LAB).write_text("{]")
     result = grade_class(course, [(LAB, student)], device="cpu", force=True)[0]
     assert result.state == "not graded" and "is not a notebook" in result.message

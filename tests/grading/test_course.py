@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+import statistics
 import sys
 import types
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from classes import LAB, ROOT
 from effnlp_grading import regrade as regrading
 from effnlp_grading import sample_class
@@ -171,8 +173,12 @@ def test_regrade_keeps_what_is_higher_and_what_is_by_hand(course, judge):
     assert set(told) == {"perfect", "blank", "crumbled"} and "0.25 would be lower (--allow-lower)" in told["perfect"]
     assert f"0 -> {most:g}" in told["blank"] and "a grader gave these points (judged: 0)" in told["crumbled"]
     assert lines[-1] == "4 regraded: 1 have more points, 0 fewer, 3 the same."
-    assert regrade(course, LAB, FIRST, students=["perfect"], allow_lower=True, device="cpu", jobs=1)[0].after == 0.25
+    again = ["regrade", "01", FIRST, "--students", "perfect", "--allow-lower"]
+    assert main([*again, "--device", "cpu", "--jobs", "1"]) == 0
     assert points(course)["perfect"] == 0.25
+    page = BeautifulSoup((course.root / "grading" / "reports" / LAB / "index.html").read_text("utf-8"), "html.parser")
+    row = next(row for row in page.select("tbody tr") if row.th.text == FIRST)
+    assert [cell.text for cell in row.select("td")][1] == f"{statistics.fmean(points(course).values()):.2f}"
     kept = sorted(path.name for path in (course.root / "grading" / "regrades" / LAB).iterdir())
     assert kept == [f"{FIRST}.1", f"{FIRST}.2"]
 
@@ -348,6 +354,9 @@ def test_points_and_comments_by_hand_reach_the_page_that_is_returned(course, cap
     page = course.root / "grading" / "returned" / "by_hand" / "mixed" / f"feedback_{LAB}.html"
     text = page.read_text("utf-8")
     assert "Half of it is a good idea." in text and f"(Score: {course.grades(LAB)['mixed'].final:g} / " in text
+    contents = [link.text for link in BeautifulSoup(text, "html.parser").select("#toc a")]
+    assert contents[:3] == [f"Comment on {FIRST}", FIRST, f"Prediction {SPEC.predictions[0].name}"]
+    assert len(set(contents)) == len(contents) > 9 and f"Written answer {SPEC.written[0].name}" in contents
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert changed == [course.feedback("mixed", LAB)] and len(before) == 4
     assert main(["return", "01"]) == 0 and page.read_text("utf-8") == text
