@@ -153,7 +153,7 @@ def points(course: Course) -> dict[str, float]:
     return {student: grade.exercises[FIRST][0] for student, grade in course.grades(LAB).items()}
 
 
-def test_regrade_keeps_what_is_higher_and_what_is_by_hand(course, judge):
+def test_regrade_keeps_what_is_higher_and_what_is_by_hand(course, judge, capsys):
     before, most = points(course), float(SPEC.exercise(FIRST).points)
     others = {s: {n: p for n, p in g.exercises.items() if n != FIRST} for s, g in course.grades(LAB).items()}
     with Gradebook(course.db_url) as book:
@@ -175,6 +175,7 @@ def test_regrade_keeps_what_is_higher_and_what_is_by_hand(course, judge):
     assert lines[-1] == "4 regraded: 1 have more points, 0 fewer, 3 the same."
     again = ["regrade", "01", FIRST, "--students", "perfect", "--allow-lower"]
     assert main([*again, "--device", "cpu", "--jobs", "1"]) == 0
+    assert f"perfect  {before['perfect']:g} -> 0.25\n" in capsys.readouterr().out
     assert points(course)["perfect"] == 0.25
     page = BeautifulSoup((course.root / "grading" / "reports" / LAB / "index.html").read_text("utf-8"), "html.parser")
     row = next(row for row in page.select("tbody tr") if row.th.text == FIRST)

@@ -44,8 +44,9 @@ def done(tmp_path_factory):
         made_up.expected(SEMESTER)  # and what it imports is imported once, in this process
         chance = random.Random(int(os.environ.get("EFFNLP_SEMESTER_SEED", "5")))
         for kill in range(KILLS):
-            reach = 2 * WRITES * made_up.hand_ins_left(course, SEMESTER) // (KILLS - kill + 1)  # the next kills' share
-            over = made_up.run_and_be_killed(course, SEMESTER, chance.randint(1, max(1, reach)))
+            share = 2 * WRITES * made_up.hand_ins_left(course, SEMESTER) // (KILLS - kill + 1)
+            reach = max(1, share) if kill or IS_WHOLE else 40
+            over = made_up.run_and_be_killed(course, SEMESTER, chance.randint(1, reach))
             assert not over, f"it was over before kill {kill + 1}: nothing is shown"
         assert made_up.run_and_be_killed(course, SEMESTER, None)
         yield course
