@@ -252,8 +252,10 @@ def _figures_are_the_specs(master: Master) -> None:
     """Points, minutes and difficulty in the table at the top and under an exercise's heading are those of the spec."""
     faults = []
     for place, cell in enumerate(master.cells):
+        if cell.kind != "prose":
+            continue
         following = next((c.name for c in master.cells[place:] if c.kind == "exercise"), "")
-        for number, line in enumerate(cell.source.splitlines() if cell.kind == "prose" else (), cell.first_line + 1):
+        for number, line in enumerate(cell.source.splitlines(), cell.first_line + 1):
             if said := _ROW.match(line):
                 (name, *figures), form = said.groups(), "| {0} | {1} | {2} of 5 |"
             elif said := _LINE.match(line):

@@ -12,7 +12,7 @@ from typing import Any
 from effnlp_grading.course import Course, Grade
 from effnlp_grading.preprocessors import record_path
 from effnlp_grading.pseudonyms import Pseudonyms
-from effnlp_grading.records import read_lines
+from effnlp_grading.records import read_lines, verdicts_in
 from effnlp_grading.results import Result
 from effnlp_lab import exercises
 from effnlp_lab.exercises.spec import Lab
@@ -48,7 +48,7 @@ def write_class_report(course: Course, lab: str, results: Mapping[str, Result],
     folder.mkdir(parents=True, exist_ok=True)
     grades = course.grades(lab)
     lines = {student: read_lines(record_path(course.root / "grading", lab, student)) for student in grades}
-    kept = {student: [line for line in each if "exercise" in line] for student, each in lines.items()}
+    kept = {student: verdicts_in(each) for student, each in lines.items()}
     waiting = [student for student in course.students(lab) if student not in {*grades, *results}]
     look = needs_a_person(results, lines, waiting)
     if pseudonyms:

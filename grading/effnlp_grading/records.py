@@ -64,7 +64,12 @@ class Record:
 
 def read_record(path: Path) -> list[dict[str, Any]]:
     """The verdicts on exercises in a file, in order; lines that were cut off are left out."""
-    return [line for line in read_lines(path) if "exercise" in line]
+    return verdicts_in(read_lines(path))
+
+
+def verdicts_in(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a file's lines, the verdicts on exercises."""
+    return [line for line in lines if "exercise" in line]
 
 
 def key_of(folder: Path, name: str) -> bytes:
