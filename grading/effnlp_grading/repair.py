@@ -213,7 +213,8 @@ class _Builder:
                 continue
             if not cell.metadata.get("nbgrader"):
                 self.mended.append(f"The cell {name} had lost its metadata: it is given back.")
-            elif _essence(cell.metadata["nbgrader"]) != _essence(right.metadata["nbgrader"]) and not _is_sound(cell):
+            elif _essence(cell.metadata["nbgrader"]) != _essence(right.metadata["nbgrader"]) and not _had_other_points(
+                    cell, right):  # fmt: skip
                 self.mended.append(f"The metadata of the cell {name} had been changed: the release's counts.")
             if place not in self.places.solutions and plain(cell.source) != plain(right.source):
                 self.mended.append(f"The locked cell {name} had been changed: the release's is run.")
@@ -271,12 +272,14 @@ def _was_released(cell: NotebookNode) -> bool:
     return digest is not None and digest[1] in {hashlib.sha256(one.encode()).hexdigest()[:12] for one in spelt}
 
 
-def _is_sound(cell: NotebookNode) -> bool:
-    """Whether a cell is as nbgrader released it, by its checksum: in another release it may have had other points."""
+def _had_other_points(cell: NotebookNode, right: NotebookNode) -> bool:
+    """Whether a cell differs from the release's in its points alone, and was released so, by nbgrader's checksum."""
     with contextlib.suppress(Exception):  # a student's metadata may be anything, and students have no nbgrader
         from nbgrader.utils import compute_checksum
 
-        return compute_checksum(cell) == cell.metadata["nbgrader"]["checksum"]
+        mine, points = cell.metadata["nbgrader"], right.metadata["nbgrader"].get("points")
+        return (_essence({**mine, "points": points}) == _essence(right.metadata["nbgrader"])
+                and compute_checksum(cell) == mine["checksum"])  # fmt: skip
     return False
 
 

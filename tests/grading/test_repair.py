@@ -86,12 +86,15 @@ def test_what_an_older_release_said_is_left_out():
     submitted = sample_class.submission(before, ANSWERS)
     prose = [cell for cell in submitted.cells if cell.cell_type == "markdown"]
     prose[3].source += "\nA student's word."
-    changed, forged = [cell for cell in submitted.cells if cell.metadata.get("nbgrader", {}).get("points")][:2]
-    changed.metadata.nbgrader.points = forged.metadata.nbgrader.points = 9.0
-    changed.metadata.nbgrader.checksum = compute_checksum(changed)
+    changed, forged, open_ = [c for c in submitted.cells if c.metadata.get("nbgrader", {}).get("points")][:3]
+    changed.metadata.nbgrader.points = forged.metadata.nbgrader.points = open_.metadata.nbgrader.points = 9.0
+    open_.metadata.nbgrader.locked = False
+    for cell in (changed, open_):
+        cell.metadata.nbgrader.checksum = compute_checksum(cell)
     rebuilt = repair(submitted, RELEASE)
-    told = [sentence for sentence in rebuilt.mended if "metadata" in sentence]
-    assert len(told) == 1 and forged.metadata.nbgrader.grade_id in told[0]
+    told = " ".join(sentence for sentence in rebuilt.mended if "metadata" in sentence)
+    assert told.count("The metadata of the cell") == 2 and changed.metadata.nbgrader.grade_id not in told
+    assert forged.metadata.nbgrader.grade_id in told and open_.metadata.nbgrader.grade_id in told
     done = rebuilt.notebook
     assert [cell.source for cell in done.cells if "older word" in cell.source] == [prose[3].source]
     assert answers_of(done) == ANSWERS and is_whole(done)
