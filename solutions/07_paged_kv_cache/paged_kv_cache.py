@@ -877,20 +877,19 @@ print("cache of all requests at their full length: " + ", ".join(
 # ### Latency
 #
 # A server has two promises to keep: the **time to first token**, which is the wait in the queue and the reading of the
-# prompt, and the **time between tokens**, by which a reader feels whether it flows. Requests now come at random, at a
-# part of the rate that the engine could serve at most.
+# prompt, and the **time between tokens**, by which a reader feels whether it flows. First all requests come at
+# once, which tells how many a second the engine serves at most. Then they come at random, at a part of that rate.
 
 # %% tags=["demo"] needs=["cache_bytes", "BlockManager", "PagedSequence", "SharedSequence", "paged_attention"]
 LOADS = device.pick(fast=(0.5, 1.0, 2.0), full=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0))
-COUNT = device.pick(fast=16, full=96)
-capacity = rates["continuous batching"][-1] / (sum(wanted) / REQUESTS)  # requests a second
-engine = Engine(model, max_batch=BATCHES[-1], max_length=2 * LONGEST, prefix_caching=False)
+COUNT, SEATS = device.pick(fast=16, full=192), BATCHES[-2]
+engine = Engine(model, max_batch=SEATS, max_length=2 * LONGEST, prefix_caching=False)
 if device.kind == "cuda":
     engine.warm_up()
 
 
 def served_at(rate):
-    """Requests come at random times; for each the seconds from its arrival to its tokens."""
+    """Requests come at random times, so many a second; for each the seconds from its arrival to its tokens."""
     dice = random.Random(1)
     due, requests = [], []
     for _ in range(COUNT):
@@ -908,6 +907,10 @@ def served_at(rate):
     return [[late + t for t in engine.output(request).times] for request, late in requests]
 
 
+capacity = COUNT / max(times[-1] for times in served_at(math.inf))  # requests a second, when all come at once
+print(f"{SEATS} at a time: at most {capacity:.1f} requests a second")
+
+
 def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -918,8 +921,8 @@ for load in LOADS:
     first_token[load] = [one[0] for one in times]
     between[load] = [b - a for one in times for a, b in zip(one, one[1:])]
 for title, measured in (("Time to first token", first_token), ("Time between tokens", between)):
-    figure, axes = plots.figure(f"{title} by load", "load (share of the engine's best throughput)", "time (ms)",
-                                caption=f"{COUNT} requests at random times, up to {BATCHES[-1]} at once.")
+    figure, axes = plots.figure(f"{title} by load", "load (share of the most that the engine serves)", "time (ms)",
+                                caption=f"{COUNT} requests at random times, {SEATS} served at once.")
     for name, share in (("median", 0.5), ("95% are faster", 0.95)):
         axes.plot(LOADS, [1e3 * quantile(measured[load], share) for load in LOADS], label=name)
     axes.set_ylim(0)
