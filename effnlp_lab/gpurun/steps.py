@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from effnlp_lab.device import Device
 from effnlp_lab.errors import UsageError
 from effnlp_lab.gpurun import findings
 from effnlp_lab.gpurun.findings import Found
-from effnlp_lab.gpurun.imports import imported
+from effnlp_lab.gpurun.imports import KIT, imported
 from effnlp_lab.notebook.bench import needs, suites
 from effnlp_lab.runner import find_notebooks, notebooks_a_card, spread_over, threads_for, workers_for_tests
 
@@ -25,7 +25,10 @@ MUTATED = ("00", "06")
 """Labs whose mutants are graded in the sandbox: those with the most kernels."""
 GRADED_AT_ONCE = 5
 """Exercises of a lab whose mutants are graded, and submissions of the sample class."""
-DIGESTED = ("effnlp_lab", "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
+DIGESTED = (KIT, "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
+UNUSED = {"gpurun", "new_lab.py", "new_lab_texts.py", "pages.py"}
+"""Of the kit: what authors use, and this run itself."""
+NOT_IN_NOTEBOOKS = UNUSED | {"audit.py", "mutate.py", "mutation"}
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""
 ALLOWED_SECONDS = {"solutions-full": 600.0}
@@ -62,7 +65,7 @@ def choose(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
 
 def all_steps(root: Path, device: Device) -> list[Step]:
     """Every step, in the order in which they run: what is quick to fail comes first."""
-    return [*_tests(), *_notebooks(root, device), *_grading(), *_bench(root)]
+    return [*_tests(root), *_notebooks(root, device), *_grading(root), *_bench(root)]
 
 
 def effnlp(*arguments: str) -> tuple[str, ...]:
@@ -74,18 +77,26 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "--device=cuda", "--junitxml={folder}/junit.xml", "--color=no", *arguments)
 
 
-def _tests() -> list[Step]:
+def _kit(root: Path, without: Collection[str]) -> tuple[str, ...]:
+    """The kit but for the modules and rooms named, with what says how steps are started and when one has passed."""
+    kept = (path.name for path in (root / KIT).iterdir() if path.name not in {*without, "__pycache__"})
+    return (*sorted(f"{KIT}/{name}" for name in kept), f"{KIT}/gpurun/findings.py", f"{KIT}/gpurun/steps.py")
+
+
+def _tests(root: Path) -> list[Step]:
     workers = workers_for_tests()
     together = _pytest("tests/gpu", "-m", "not alone", *spread_over(workers))
+    reads = (*_kit(root, UNUSED), "grading/effnlp_grading", "solutions", "labs", "benchmarks", "tests/gpu",
+             "tests/conftest.py")  # fmt: skip
     return [
-        Step("tests-together", "tests", together, findings.pytest, environment=threads_for(workers)),
-        Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest),
+        Step("tests-together", "tests", together, findings.pytest, environment=threads_for(workers), reads=reads),
+        Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest, reads=reads),
     ]
 
 
 def _notebooks(root: Path, device: Device) -> list[Step]:
     """Both sides at both sizes; nothing is executed twice: at fast size it is nbval that executes the solutions."""
-    labs = [path.parent.name for path in find_notebooks(root=root)]
+    kit, labs = _kit(root, NOT_IN_NOTEBOOKS), [path.parent.name for path in find_notebooks(root=root)]
     by_time = sorted(labs, key=lambda lab: LONGEST.index(lab[:2]) if lab[:2] in LONGEST else len(LONGEST))
 
     at_once = {fast: notebooks_a_card(replace(device, fast=fast)) for fast in (False, True)}
@@ -95,7 +106,7 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
         released = "--student" in arguments
         return Step(name, "notebooks", effnlp("run", *arguments, *more),
                     findings.notebooks if released else findings.solutions(root),
-                    reads=("effnlp_lab", "labs" if released else "solutions"))  # fmt: skip
+                    reads=(*kit, "labs" if released else "solutions"))  # fmt: skip
 
     workers = min(at_once[True], len(labs))
     compared = _pytest("tests/notebooks/test_run.py", "-k", "test_solution", *spread_over(workers))
@@ -104,16 +115,18 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
         run("labs-fast", "--student", "--fast"),
         Step("solutions-fast", "notebooks", compared, findings.pytest,
              environment={"EFFNLP_FAST": "1"} | threads_for(workers),
-             reads=("effnlp_lab", "solutions", "tests/notebooks")),
+             reads=(*kit, "solutions", "tests/notebooks", "tests/conftest.py")),
     ]  # fmt: skip
 
 
-def _grading() -> list[Step]:
+def _grading(root: Path) -> list[Step]:
+    reads = (*_kit(root, UNUSED), "grading/effnlp_grading", "solutions", "labs", "tests/mutants")
     how = ("--device", "cuda", "--jobs", str(GRADED_AT_ONCE))
     mutants = [
-        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--sample", "2", *how)) for lab in MUTATED
+        Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--sample", "2", *how), reads=reads)
+        for lab in MUTATED
     ]
-    return [*mutants, Step("sample-class", "grading", effnlp("demo", *how, "--out", "{folder}"))]
+    return [*mutants, Step("sample-class", "grading", effnlp("demo", *how, "--out", "{folder}"), reads=reads)]
 
 
 def _bench(root: Path) -> list[Step]:
@@ -126,5 +139,5 @@ def _bench(root: Path) -> list[Step]:
 
 
 def _read_by(suite: str, path: Path, root: Path) -> tuple[str, ...]:
-    whole = ("effnlp_lab", "grading/effnlp_grading", "tests/grading", "solutions", "labs")
+    whole = (*_kit(root, UNUSED), "grading/effnlp_grading", "tests/grading", "solutions", "labs")
     return (path.relative_to(root).as_posix(), *(whole if suite == "grading" else imported(path, root)))
