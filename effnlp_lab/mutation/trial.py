@@ -79,26 +79,16 @@ class Trial:
 
         A `listed` mutant that times out is given another chance with thrice the time: it is believed to be slow.
         """
+        survivors = []
         first = [self.prepare(FIRST_SEED, self.exercise.public_variant())]
-        survivors, hasty = [], []
-        for mutant, outcome in self._judge_all(mutants, first):
-            if not outcome.rejected:
-                survivors.append(mutant)
-            elif outcome.timed_out and mutant.id in listed:
-                hasty.append(mutant)
-            else:
+        for mutant, outcome in self._judge_patiently(mutants, first, listed):
+            if outcome.rejected:
                 yield mutant, outcome
-        if hasty:
-            for mutant, outcome in self._judge_all(hasty, [self._patient(r) for r in first]):
-                if not outcome.rejected:
-                    survivors.append(mutant)
-                else:
-                    yield mutant, outcome
+            else:
+                survivors.append(mutant)
         if survivors:
             more = [self.prepare(seed, self.exercise.public_variant()) for seed in MORE_SEEDS]
-            more += self._other_variants()
-            more = [self._patient(r) for r in more] if hasty else more
-            yield from self._judge_all(survivors, more)
+            yield from self._judge_patiently(survivors, [*more, *self._other_variants()], listed)
 
     def prepare(self, seed: int, variant: Variant) -> Round:
         """Draw a round and run the solution on it. Raises EffnlpError when the solution does not pass."""
@@ -149,6 +139,18 @@ class Trial:
     def _patient(self, drawn: Round) -> Round:
         limits = [c.seconds or self.exercise.seconds for c in drawn.cases]
         return replace(drawn, limits=[min(3 * a, b) for a, b in zip(drawn.limits, limits, strict=True)])
+
+    def _judge_patiently(
+        self, mutants: Sequence[Mutant], rounds: Sequence[Round], listed: frozenset[str]
+    ) -> Iterator[tuple[Mutant, Outcome]]:
+        hasty = []
+        for mutant, outcome in self._judge_all(mutants, rounds):
+            if outcome.timed_out and mutant.id in listed:
+                hasty.append(mutant)
+            else:
+                yield mutant, outcome
+        if hasty:
+            yield from self._judge_all(hasty, [self._patient(drawn) for drawn in rounds])
 
     def _judge_all(self, mutants: Sequence[Mutant], rounds: Sequence[Round]) -> Iterator[tuple[Mutant, Outcome]]:
         def work(mutant: Mutant) -> Callable[[], Any]:
