@@ -28,6 +28,8 @@ def test_points_and_a_comment_by_hand(own_class, tmp_path, monkeypatch):
         for name in ("Manual Grading", lab, NOTEBOOK):
             inside.get_by_role("link", name=name, exact=True).click()
         inside.locator(f'a[href*="{submission}"]').first.click()
+        for box in [f"#{name}_extra_credit" for name in (WRITTEN, CHECK)] + ["textarea.comment"]:
+            inside.locator(f"{box}[placeholder]").first.wait_for()  # set when what was given before has arrived
         for name, points in ((WRITTEN, "0.7"), (CHECK, "0.5")):
             inside.locator(f"#{name}").fill(points)
             inside.locator(f"#{name}").press("Tab")
