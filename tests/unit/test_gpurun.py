@@ -130,28 +130,28 @@ def test_benchmarks_depend_on_their_rooms():
     assert "effnlp_lab/paged/model.py" in reads["bench-speculative"]
     assert "effnlp_lab/course/weights" in reads["bench-distillation"]
     assert not any(path.startswith(("effnlp_lab/paged", "effnlp_lab/exercises")) for path in reads["bench-attention"])
+    for name, paths in reads.items():
+        assert paths and all((ROOT / path).exists() for path in paths), name
 
 
-@pytest.mark.parametrize("step, what", [
-    ("solutions-full", "solutions/*/*.py effnlp_lab/exercises/**/*.py effnlp_lab/notebook/*.py effnlp_lab/runner.py"),
-    ("labs-full", "solutions/*/*.py effnlp_lab/exercises/**/*.py effnlp_lab/notebook/*.py effnlp_lab/runner.py"),
-    ("solutions-fast", "solutions/*/*.py tests/notebooks/*.py tests/conftest.py"),
-    ("tests-alone", "tests/gpu/*.py tests/conftest.py grading/effnlp_grading/**/*.py"),
-    ("tests-together", "tests/gpu/*.py benchmarks/training.py grading/effnlp_grading/**/*.py"),
-    ("mutants-06", "grading/effnlp_grading/**/*.py effnlp_lab/mutate.py"),
-    ("sample-class", "grading/effnlp_grading/**/*.py effnlp_lab/build.py"),
-    ("bench-grading", "benchmarks/grading.py grading/effnlp_grading/**/*.py"),
-])  # fmt: skip
-def test_a_step_depends_on_all_that_it_imports_and_not_on_what_it_never_does(step, what):
+def test_steps_depend_on_all_that_they_import_and_not_on_what_they_never_do():
     reads = {step.name: step.reads for step in steps.all_steps(ROOT, GPU)}
-    assert len(reads) == 20 and all((ROOT / path).exists() for paths in reads.values() for path in paths)
-    counted = tuple(f"{path}/" for path in reads[step])
-    scripts = [path for pattern in what.split() for path in ROOT.glob(pattern)]
-    masters = [path for path in scripts if path.parts[-3] == "solutions"]  # their notebooks are counted
-    used = {place for script in scripts for place in imported(script, ROOT)}
-    used |= {path.relative_to(ROOT).as_posix() for path in {*scripts} - {*masters}}
-    assert [place for place in sorted(used) if not f"{place}/".startswith(counted)] == []
-    assert not any("effnlp_lab/new_lab.py/".startswith(one) for one in counted)
+    kit = "effnlp_lab/exercises/**/*.py effnlp_lab/notebook/*.py effnlp_lab/runner.py"
+    graded = "grading/effnlp_grading/**/*.py effnlp_lab/build.py effnlp_lab/mutate.py"
+    for names, what in {
+        "solutions-full labs-full labs-fast": kit,
+        "solutions-fast": f"{kit} tests/notebooks/*.py tests/conftest.py",
+        "tests-together tests-alone": f"{graded} tests/gpu/*.py tests/conftest.py benchmarks/training.py",
+        "mutants-00 mutants-06 sample-class": graded,
+        "bench-grading": f"{graded} benchmarks/grading.py",
+    }.items():
+        run = [path for pattern in what.split() for path in ROOT.glob(pattern)]
+        masters = [*ROOT.glob("solutions/*/*.py")]  # whose notebooks are counted
+        used = {*imported(run[0], ROOT, *run[1:], *masters), *(path.relative_to(ROOT).as_posix() for path in run)}
+        for name in names.split():
+            counted = tuple(f"{path}/" for path in reads[name])
+            assert [place for place in sorted(used) if not f"{place}/".startswith(counted)] == [], name
+            assert not any("effnlp_lab/new_lab.py/".startswith(one) for one in counted)
 
 
 def test_a_notebooks_prose_and_unchecked_outputs_make_no_other_tree(tree):
