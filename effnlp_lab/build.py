@@ -37,6 +37,9 @@ from effnlp_lab.opening import open_anywhere
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
+INSTRUCTORS = {"audit.py", "build.py", "gpurun", "master.py", "mutate.py", "mutation", "new_lab.py", "new_lab_texts.py",
+               "opening.py", "pages.py"}  # fmt: skip
+"""Modules and rooms of the kit that no notebook needs: students do not get them."""
 SHOWS = re.compile(r"^(print|check|plots\.show|receipt\.show)\(", re.MULTILINE)
 """Of a cell's source: it surely has an output."""
 WIDGET = "application/vnd.jupyter.widget-view+json"

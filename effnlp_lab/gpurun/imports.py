@@ -16,11 +16,11 @@ ONLY_SHOW = {Path(KIT, "notebook", name) for name in ("book.py", "book_pictures.
 """What is imported to show what was measured: no figure depends on it."""
 
 
-def imported(script: Path, root: Path, *more: Path) -> tuple[str, ...]:
-    """What `script` and `more` import, as paths from `root`, sorted: modules of the kit, and packages as a whole where
-    a name of theirs is imported (they load names on first use). An import counts wherever in a file it stands."""
+def imported(root: Path, *scripts: Path) -> tuple[str, ...]:
+    """What `scripts` import, as paths from `root`, sorted: modules of the kit, and packages as a whole where a name of
+    theirs is imported (they load names on first use). An import counts wherever in a file it stands."""
     found = {Path(KIT, "__init__.py")}
-    waiting = [script, *more]
+    waiting = [*scripts]
     while waiting:
         for place in _imports(waiting.pop(), root):
             if place not in found | ONLY_SHOW:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from effnlp_lab.build import INSTRUCTORS
 from effnlp_lab.device import Device
 from effnlp_lab.errors import UsageError
 from effnlp_lab.gpurun import findings
@@ -27,8 +28,7 @@ GRADED_AT_ONCE = 5
 """Exercises of a lab whose mutants are graded, and submissions of the sample class."""
 DIGESTED = (KIT, "grading/effnlp_grading", "tests", "solutions", "labs", "benchmarks")
 UNUSED = {"gpurun", "new_lab.py", "new_lab_texts.py", "pages.py"}
-"""Of the kit: what authors use, and this run itself."""
-NOT_IN_NOTEBOOKS = UNUSED | {"audit.py", "mutate.py", "mutation"}
+"""Of the kit: what neither the grader nor a test on a card needs."""
 LONGEST = ("04", "09", "08", "07", "02", "03")
 """Labs that take longest at full size, by what a card took: they begin first, and the others fill the gaps."""
 ALLOWED_SECONDS = {"solutions-full": 600.0}
@@ -79,15 +79,19 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 def _kit(root: Path, without: Collection[str]) -> tuple[str, ...]:
     """The kit but for the modules and rooms named, with what says how steps are started and when one has passed."""
-    kept = (path.name for path in (root / KIT).iterdir() if path.name not in {*without, "__pycache__"})
-    return (*sorted(f"{KIT}/{name}" for name in kept), f"{KIT}/gpurun/findings.py", f"{KIT}/gpurun/steps.py")
+    kept = sorted(f"{KIT}/{path.name}" for path in (root / KIT).iterdir() if path.name not in without)
+    return (*kept, f"{KIT}/gpurun/findings.py", f"{KIT}/gpurun/steps.py")
+
+
+def _grader(root: Path) -> tuple[str, ...]:
+    """What is read where labs are graded."""
+    return (*_kit(root, UNUSED), "grading/effnlp_grading", "solutions", "labs")
 
 
 def _tests(root: Path) -> list[Step]:
     workers = workers_for_tests()
     together = _pytest("tests/gpu", "-m", "not alone", *spread_over(workers))
-    reads = (*_kit(root, UNUSED), "grading/effnlp_grading", "solutions", "labs", "benchmarks", "tests/gpu",
-             "tests/conftest.py")  # fmt: skip
+    reads = (*_grader(root), "benchmarks", "tests/gpu", "tests/conftest.py")
     return [
         Step("tests-together", "tests", together, findings.pytest, environment=threads_for(workers), reads=reads),
         Step("tests-alone", "tests", _pytest("tests/gpu", "-m", "alone"), findings.pytest, reads=reads),
@@ -96,7 +100,7 @@ def _tests(root: Path) -> list[Step]:
 
 def _notebooks(root: Path, device: Device) -> list[Step]:
     """Both sides at both sizes; nothing is executed twice: at fast size it is nbval that executes the solutions."""
-    kit, labs = _kit(root, NOT_IN_NOTEBOOKS), [path.parent.name for path in find_notebooks(root=root)]
+    kit, labs = _kit(root, INSTRUCTORS), [path.parent.name for path in find_notebooks(root=root)]
     by_time = sorted(labs, key=lambda lab: LONGEST.index(lab[:2]) if lab[:2] in LONGEST else len(LONGEST))
 
     at_once = {fast: notebooks_a_card(replace(device, fast=fast)) for fast in (False, True)}
@@ -120,7 +124,7 @@ def _notebooks(root: Path, device: Device) -> list[Step]:
 
 
 def _grading(root: Path) -> list[Step]:
-    reads = (*_kit(root, UNUSED), "grading/effnlp_grading", "solutions", "labs", "tests/mutants")
+    reads = (*_grader(root), "tests/mutants")
     how = ("--device", "cuda", "--jobs", str(GRADED_AT_ONCE))
     mutants = [
         Step(f"mutants-{lab}", "grading", effnlp("mutate", lab, "--sandbox", "--sample", "2", *how), reads=reads)
@@ -139,5 +143,5 @@ def _bench(root: Path) -> list[Step]:
 
 
 def _read_by(suite: str, path: Path, root: Path) -> tuple[str, ...]:
-    whole = (*_kit(root, UNUSED), "grading/effnlp_grading", "tests/grading", "solutions", "labs")
-    return (path.relative_to(root).as_posix(), *(whole if suite == "grading" else imported(path, root)))
+    read = (*_grader(root), "tests/grading") if suite == "grading" else imported(root, path)
+    return (path.relative_to(root).as_posix(), *read)

@@ -23,6 +23,7 @@ import effnlp_lab
 from effnlp_grading.course import Course
 from effnlp_grading.submit import UNTOUCHED
 from effnlp_lab import exercises
+from effnlp_lab.build import INSTRUCTORS
 from effnlp_lab.errors import UsageError
 from effnlp_lab.master import BEGIN
 
@@ -30,8 +31,6 @@ KIT = Path(effnlp_lab.__file__).resolve().parent
 GRADER = Path(__file__).resolve().parent
 MARK = ".effnlp-release.json"
 README = Path(__file__).with_name("student_readme.md")
-INSTRUCTORS = {"audit.py", "build.py", "gpurun", "master.py", "mutate.py", "mutation", "new_lab.py", "new_lab_texts.py",
-               "opening.py", "pages.py"}  # of effnlp_lab
 PLAIN_FILES = ("LICENSE", "LICENSE-prose", "constraints.txt", "docs/machines.md", ".gitattributes")
 SECTIONS_LEFT_OUT = ("[tool.ruff", "[tool.pytest", "[tool.effnlp")
 EXTRAS_LEFT_OUT = ("grading", "test")

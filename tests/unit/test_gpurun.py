@@ -110,7 +110,7 @@ def test_a_benchmark_stands_while_what_it_imports_does(tree):
     script = tree / "benchmarks" / "copy.py"
     script.write_text("import torch\nfrom effnlp_lab.room import Name\nfrom effnlp_lab.hall.used import late\n"
                       "from effnlp_lab.course.models import load_model\n")
-    read = imported(script, tree)
+    read = imported(tree, script)
     assert read == tuple(f"effnlp_lab/{name}" for name in (
         "__init__.py", "course/models.py", "course/weights", "deep.py", "hall/used.py", "near.py", "room"))
 
@@ -147,7 +147,7 @@ def test_steps_depend_on_all_that_they_import_and_not_on_what_they_never_do():
     }.items():
         run = [path for pattern in what.split() for path in ROOT.glob(pattern)]
         masters = [*ROOT.glob("solutions/*/*.py")]  # whose notebooks are counted
-        used = {*imported(run[0], ROOT, *run[1:], *masters), *(path.relative_to(ROOT).as_posix() for path in run)}
+        used = {*imported(ROOT, *run, *masters), *(path.relative_to(ROOT).as_posix() for path in run)}
         for name in names.split():
             counted = tuple(f"{path}/" for path in reads[name])
             assert [place for place in sorted(used) if not f"{place}/".startswith(counted)] == [], name
